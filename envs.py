@@ -1,0 +1,302 @@
+"""LunarLander-v3 seen as frames: drawing, action repeat, frame stack, many landers per worker.
+
+    from envs import make_vector_env
+    envs = make_vector_env(num_envs=32, num_workers=2, seed=1)
+    frames, _ = envs.reset()                    # uint8 (num_workers, landers per worker, K, H, W)
+
+The picture is the one that a viewer of a 50-frames-a-second video sees: engine particles age once per
+*physics* step, drawn or not, exactly as if `render()` had been called on each of them. `FrameStack` below is the
+other half of that promise: it turns the frames of the unmodified `render()` into the same observation, and
+tests/test_envs.py holds the two together bit for bit.
+
+Nothing here imports torch: AsyncVectorEnv's workers start by importing this module.
+"""
+
+import os
+from functools import partial
+
+os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # we draw into memory; no display is needed
+
+import cv2
+import gymnasium as gym
+import numpy as np
+import pygame
+from gymnasium.envs.box2d.lunar_lander import SCALE, VIEWPORT_H, VIEWPORT_W
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode
+from pygame import gfxdraw
+
+ENV_ID = "LunarLander-v3"
+NUM_ACTIONS = 4  # nothing, left engine, main engine, right engine
+TRAINING_SEEDS = 1_000_000  # training draws episode seeds below this; evaluation starts here
+PARTICLE_AGEING = 0.15  # what render() takes from each particle's time to live
+OUTCOMES = ("rest", "crash", "out_of_sight", "time")
+FLAG_COLOR, POLE_COLOR = (204, 204, 0), (255, 255, 255)
+
+
+def frame_planes(color):
+    """Planes per frame: 3 (red, green, blue) in colour, 1 in gray."""
+    return 3 if color else 1
+
+
+def shrink(frame, factor, color):
+    """A rendered frame, uint8 (H, W, 3) RGB, as the agent's small frame, uint8 (C, H/factor, W/factor).
+
+    Gray first where asked for (ITU-R BT.601 weights, as OpenCV rounds them), then the mean over
+    factor x factor blocks, which is what INTER_AREA means for a whole factor.
+    """
+    height, width = frame.shape[0] // factor, frame.shape[1] // factor
+    if not color:
+        frame = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
+    small = cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA)
+    return small.transpose(2, 0, 1) if color else small[None]
+
+
+class FrameStack:
+    """The last `length` frames of one episode, oldest first; an episode's first frame fills the stack.
+
+    Frames are uint8 (C, H, W), the stack is uint8 (length * C, H, W).
+    """
+
+    def __init__(self, length, shape):
+        self.planes = shape[0]
+        self.frames = np.zeros((length * shape[0], *shape[1:]), np.uint8)
+
+    def fill(self, frame):
+        self.frames.reshape(-1, *frame.shape)[:] = frame
+        return self.frames
+
+    def push(self, frame):
+        self.frames[: -self.planes] = self.frames[self.planes :]
+        self.frames[-self.planes :] = frame
+        return self.frames
+
+
+def age_particles(lander):
+    """What one `render()` call does to the flames besides drawing them."""
+    for particle in lander.particles:
+        particle.ttl -= PARTICLE_AGEING
+    lander._clean_particles(False)
+
+
+class Camera:
+    """Draws a LunarLander small, repainting only the rectangle where something moves.
+
+    The drawing calls are those of gymnasium's `LunarLander.render`, in its order, onto a surface that is kept: terrain
+    is drawn once per episode; then only the smallest rectangle of whole small pixels around lander, legs and particles
+    is wiped, drawn, turned to gray and shrunk. The flags need care: the renderer redraws them after every object, and
+    their blended edges grow more opaque each time, so they depend on how many objects there are.
+    """
+
+    def __init__(self, factor, color):
+        self.factor, self.color = factor, color
+        self.background = pygame.Surface((VIEWPORT_W, VIEWPORT_H))
+        self.canvas = self.background.copy()
+
+    def start(self, lander):
+        """Draw the terrain of a new episode; its picture is y-up until `frame` flips it."""
+        self.background.fill((255, 255, 255))
+        for polygon in lander.sky_polys:
+            points = [(x * SCALE, y * SCALE) for x, y in polygon]
+            pygame.draw.polygon(self.background, (0, 0, 0), points)
+            gfxdraw.aapolygon(self.background, points, (0, 0, 0))
+        self.canvas.blit(self.background, (0, 0))
+        self.bare = self._shrink(pygame.Rect(0, 0, VIEWPORT_W, VIEWPORT_H))
+        self.flag_x = [lander.helipad_x1 * SCALE, lander.helipad_x2 * SCALE]
+        self.flag_y = lander.helipad_y * SCALE
+        rects = [pygame.Rect(int(x) - 1, int(self.flag_y) - 1, 29, 54) for x in self.flag_x]
+        self.flag_rects = [self._whole_pixels(rect) for rect in rects]
+        self.with_flags = {}  # number of objects -> small frame of terrain and flags
+
+    def frame(self, lander):
+        """The small frame of this instant, a new uint8 (C, H, W) array."""
+        bodies = [body.fixtures[0] for body in lander.drawlist]
+        outlines = [[f.body.transform * v * SCALE for v in f.shape.vertices] for f in bodies]
+        radius = 2  # pixels; the renderer's particles are circles of 2 / SCALE metres
+        centers = [p.transform * (0, 0) * SCALE for p in lander.particles]
+
+        points = [point for outline in outlines for point in outline] + centers
+        xs, ys = [p[0] for p in points], [p[1] for p in points]
+        margin = radius + 2  # pixels: a circle's radius, or an anti-aliased edge, and rounding
+        left, bottom = int(min(xs)) - margin, int(min(ys)) - margin
+        dirty = pygame.Rect(left, bottom, int(max(xs)) + margin + 1 - left, int(max(ys)) + margin + 1 - bottom)
+        dirty = self._whole_pixels(dirty)
+
+        flags = dirty.collidelist(self.flag_rects) >= 0
+        for particle, center in zip(lander.particles, centers):
+            red = int(max(0.2, 0.15 + particle.ttl) * 255)
+            other = int(max(0.2, 0.5 * particle.ttl) * 255)
+            pygame.draw.circle(self.canvas, (red, other, other), center, radius)
+            if flags:
+                self._draw_flags()
+        for body, outline in zip(lander.drawlist, outlines):
+            pygame.draw.polygon(self.canvas, body.color1, outline)
+            gfxdraw.aapolygon(self.canvas, outline, body.color1)
+            pygame.draw.aalines(self.canvas, body.color2, True, outline)
+            if flags:
+                self._draw_flags()
+
+        small = self._flagged(len(lander.particles) + len(lander.drawlist)).copy()
+        if dirty.width and dirty.height:
+            f = self.factor
+            rows, columns = slice(dirty.top // f, dirty.bottom // f), slice(dirty.left // f, dirty.right // f)
+            small[:, rows, columns] = self._shrink(dirty)
+        self.canvas.blit(self.background, dirty, dirty)
+        if flags:
+            self._wipe_flags()
+        return small[:, ::-1]
+
+    def _flagged(self, draws):
+        """Terrain and flags drawn `draws` times over, small and y-up; flags stand where the dirty rectangle is not."""
+        if draws not in self.with_flags:
+            canvas, self.canvas = self.canvas, self.background.copy()
+            for _ in range(draws):
+                self._draw_flags()
+            small = self.bare.copy()
+            f = self.factor
+            for rect in self.flag_rects:
+                rows, columns = slice(rect.top // f, rect.bottom // f), slice(rect.left // f, rect.right // f)
+                small[:, rows, columns] = self._shrink(rect)
+            self.canvas = canvas
+            self.with_flags[draws] = small
+        return self.with_flags[draws]
+
+    def _draw_flags(self):
+        bottom, top = self.flag_y, self.flag_y + 50
+        for x in self.flag_x:
+            pygame.draw.line(self.canvas, POLE_COLOR, (x, bottom), (x, top), 1)
+            flag = [(x, top), (x, top - 10), (x + 25, top - 5)]
+            pygame.draw.polygon(self.canvas, FLAG_COLOR, flag)
+            gfxdraw.aapolygon(self.canvas, flag, FLAG_COLOR)
+
+    def _wipe_flags(self):
+        for rect in self.flag_rects:
+            self.canvas.blit(self.background, rect, rect)
+
+    def _whole_pixels(self, rect):
+        """`rect` grown to whole small pixels and cut to the picture; empty if it lies outside."""
+        f = self.factor
+        left, top = max(rect.left // f, 0) * f, max(rect.top // f, 0) * f
+        right, bottom = min(-(-rect.right // f) * f, VIEWPORT_W), min(-(-rect.bottom // f) * f, VIEWPORT_H)
+        return pygame.Rect(left, top, max(right - left, 0), max(bottom - top, 0))
+
+    def _shrink(self, rect):
+        """That part of the canvas, small and y-up: uint8 (C, rows, columns)."""
+        # The view locks the surface, and a locked surface cannot be blitted to: it must not outlive this call.
+        pixels = np.frombuffer(self.canvas.get_buffer(), np.uint8).reshape(VIEWPORT_H, VIEWPORT_W, 4)
+        part = pixels[rect.top : rect.bottom, rect.left : rect.right]
+        return shrink(cv2.cvtColor(part, cv2.COLOR_BGRA2RGB), self.factor, self.color)
+
+
+class Lander:
+    """One LunarLander-v3 played in decisions of `frame_skip` physics steps, seen through a Camera."""
+
+    def __init__(self, frame_skip, frame_stack, shrink_factor, color):
+        self.env = gym.make(ENV_ID, render_mode="rgb_array", disable_env_checker=True)
+        self.lander = self.env.unwrapped
+        self.frame_skip = frame_skip
+        self.camera = Camera(shrink_factor, color)
+        shape = (frame_planes(color), VIEWPORT_H // shrink_factor, VIEWPORT_W // shrink_factor)
+        self.stack = FrameStack(frame_stack, shape)
+
+    def reset(self, seed):
+        """Begin the episode of `seed`; the stack of its first frame, uint8 (K, H, W)."""
+        self.env.reset(seed=int(seed))
+        self.episode_return, self.episode_length = 0.0, 0
+        self.camera.start(self.lander)
+        age_particles(self.lander)
+        return self.stack.fill(self.camera.frame(self.lander))
+
+    def step(self, action):
+        """Repeat `action` for frame_skip physics steps or to the episode's end.
+
+        Returns the stack, uint8 (K, H, W), the sum of rewards, terminated, truncated.
+        """
+        reward = 0.0
+        for _ in range(self.frame_skip):
+            _, step_reward, terminated, truncated, _ = self.env.step(action)
+            age_particles(self.lander)
+            reward += float(step_reward)
+            self.episode_length += 1
+            if terminated or truncated:
+                break
+        self.episode_return += reward
+        # A state that ends the episode is never bootstrapped: an episode is one or the other.
+        return self.stack.push(self.camera.frame(self.lander)), reward, terminated, truncated and not terminated
+
+    def outcome(self):
+        """How the episode just ended: an index into OUTCOMES. For reports only; no policy sees it."""
+        return outcome(self.lander)
+
+
+def outcome(lander):
+    """How an episode of the unwrapped LunarLander ended: an index into OUTCOMES."""
+    if not lander.lander.awake:
+        return 0
+    if lander.game_over:
+        return 1
+    return 2 if abs(lander.lander.position.x - VIEWPORT_W / SCALE / 2) >= VIEWPORT_W / SCALE / 2 else 3
+
+
+class LanderGroup(gym.Env):
+    """Several landers stepped in turn, as one environment of AsyncVectorEnv.
+
+    A worker costs two context switches a step however little it does, so each worker plays many landers. The group
+    begins its own new episodes: the observation after an ending is the first of the next episode, and the last one of
+    a truncated episode travels in `info["final_frames"]`.
+    """
+
+    def __init__(self, landers, first_index, seed, frame_skip, frame_stack, shrink_factor, color):
+        cv2.setNumThreads(0)  # the cores belong to the workers' own processes
+        self.landers = [Lander(frame_skip, frame_stack, shrink_factor, color) for _ in range(landers)]
+        # A generator per lander, so that episodes do not depend on how landers are spread over workers.
+        self.generators = [np.random.default_rng([seed, first_index + i]) for i in range(landers)]
+        self.frames = np.zeros((landers, *self.landers[0].stack.frames.shape), np.uint8)
+        self.observation_space = gym.spaces.Box(0, 255, self.frames.shape, np.uint8)
+        self.action_space = gym.spaces.MultiDiscrete([NUM_ACTIONS] * landers)
+
+    def _begin(self, i):
+        self.frames[i] = self.landers[i].reset(self.generators[i].integers(TRAINING_SEEDS))
+
+    def reset(self, *, seed=None, options=None):
+        for i in range(len(self.landers)):
+            self._begin(i)
+        return self.frames, {}
+
+    def step(self, actions):
+        """One decision each. Returns frames, uint8 (M, K, H, W), and rewards, terminated, truncated of shape (M,).
+
+        Where an episode ended (terminated or truncated), info holds episode_return, episode_length (physics steps) and
+        episode_outcome, each (M,), and for truncated episodes final_frames, uint8 (M, K, H, W).
+        """
+        m = len(self.landers)
+        rewards, terminated, truncated = np.zeros(m, np.float32), np.zeros(m, bool), np.zeros(m, bool)
+        env_frames, info = np.zeros(m, np.int64), {}
+        for i, lander in enumerate(self.landers):
+            length = lander.episode_length
+            self.frames[i], rewards[i], terminated[i], truncated[i] = lander.step(int(actions[i]))
+            env_frames[i] = lander.episode_length - length
+            if terminated[i] or truncated[i]:
+                if "episode_return" not in info:
+                    info = {key: np.zeros(m) for key in ("episode_return", "episode_length", "episode_outcome")}
+                info["episode_return"][i] = lander.episode_return
+                info["episode_length"][i] = lander.episode_length
+                info["episode_outcome"][i] = lander.outcome()
+                if truncated[i]:
+                    info.setdefault("final_frames", np.zeros_like(self.frames))[i] = self.frames[i]
+                self._begin(i)
+        return self.frames, rewards, terminated, truncated, info | {"env_frames": env_frames}
+
+
+def make_vector_env(num_envs, num_workers, seed=0, frame_skip=4, frame_stack=4, shrink_factor=8, color=False):
+    """num_envs landers over num_workers processes.
+
+    Returns an AsyncVectorEnv whose observations are uint8 (num_workers, num_envs / num_workers, K, H, W), whose rewards
+    and ending flags are (num_workers, num_envs / num_workers), and which begins new episodes by itself.
+    """
+    landers = num_envs // num_workers
+    settings = dict(seed=seed, frame_skip=frame_skip, frame_stack=frame_stack, shrink_factor=shrink_factor, color=color)
+    groups = [partial(LanderGroup, landers, first_index=w * landers, **settings) for w in range(num_workers)]
+    # copy=False: the caller copies each batch into its rollout at once. forkserver: forking a process whose libraries
+    # have started threads can hang.
+    return AsyncVectorEnv(groups, copy=False, context="forkserver", autoreset_mode=AutoresetMode.DISABLED)
