@@ -13,6 +13,7 @@ Nothing here imports torch: AsyncVectorEnv's workers start by importing this mod
 """
 
 import os
+import signal
 from functools import partial
 
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
@@ -28,7 +29,9 @@ from pygame import gfxdraw
 
 ENV_ID = "LunarLander-v3"
 NUM_ACTIONS = 4  # nothing, left engine, main engine, right engine
-TRAINING_SEEDS = 1_000_000  # training draws episode seeds below this; evaluation starts here
+TRAINING_SEEDS = 900_000  # training draws episode seeds below this
+SELECTION_SEED = 900_000  # from here: episodes that choose the best checkpoint
+EVALUATION_SEED = 1_000_000  # from here: episodes that score it
 PARTICLE_AGEING = 0.15  # what render() takes from each particle's time to live
 OUTCOMES = ("rest", "crash", "out_of_sight", "time")
 FLAG_COLOR, POLE_COLOR = (204, 204, 0), (255, 255, 255)
@@ -70,13 +73,6 @@ class FrameStack:
         self.frames[: -self.planes] = self.frames[self.planes :]
         self.frames[-self.planes :] = frame
         return self.frames
-
-
-def age_particles(lander):
-    """What one `render()` call does to the flames besides drawing them."""
-    for particle in lander.particles:
-        particle.ttl -= PARTICLE_AGEING
-    lander._clean_particles(False)
 
 
 class Camera:
@@ -201,11 +197,12 @@ class Lander:
 
     def reset(self, seed):
         """Begin the episode of `seed`; the stack of its first frame, uint8 (K, H, W)."""
-        self.env.reset(seed=int(seed))
+        self.seed, self.actions = int(seed), []
+        self.env.reset(seed=self.seed)
         self.episode_return, self.episode_length = 0.0, 0
-        self.camera.start(self.lander)
-        age_particles(self.lander)
-        return self.stack.fill(self.camera.frame(self.lander))
+        self.begin_picture()
+        self.pass_time()
+        return self.stack.fill(self.picture())
 
     def step(self, action):
         """Repeat `action` for frame_skip physics steps or to the episode's end.
@@ -213,29 +210,58 @@ class Lander:
         Returns the stack, uint8 (K, H, W), the sum of rewards, terminated, truncated.
         """
         reward = 0.0
+        self.actions.append(action)
         for _ in range(self.frame_skip):
             _, step_reward, terminated, truncated, _ = self.env.step(action)
-            age_particles(self.lander)
+            self.pass_time()
             reward += float(step_reward)
             self.episode_length += 1
             if terminated or truncated:
                 break
         self.episode_return += reward
         # A state that ends the episode is never bootstrapped: an episode is one or the other.
-        return self.stack.push(self.camera.frame(self.lander)), reward, terminated, truncated and not terminated
+        return self.stack.push(self.picture()), reward, terminated, truncated and not terminated
+
+    def begin_picture(self):
+        self.camera.start(self.lander)
+
+    def pass_time(self):
+        """What one `render()` call does to the flames besides drawing them."""
+        for particle in self.lander.particles:
+            particle.ttl -= PARTICLE_AGEING
+        self.lander._clean_particles(False)
+
+    def picture(self):
+        return self.camera.frame(self.lander)
 
     def outcome(self):
         """How the episode just ended: an index into OUTCOMES. For reports only; no policy sees it."""
-        return outcome(self.lander)
+        body, half_width = self.lander.lander, VIEWPORT_W / SCALE / 2  # metres
+        if not body.awake:
+            return OUTCOMES.index("rest")
+        if self.lander.game_over:
+            return OUTCOMES.index("crash")
+        return OUTCOMES.index("out_of_sight" if abs(body.position.x - half_width) >= half_width else "time")
 
 
-def outcome(lander):
-    """How an episode of the unwrapped LunarLander ended: an index into OUTCOMES."""
-    if not lander.lander.awake:
-        return 0
-    if lander.game_over:
-        return 1
-    return 2 if abs(lander.lander.position.x - VIEWPORT_W / SCALE / 2) >= VIEWPORT_W / SCALE / 2 else 3
+class RenderedLander(Lander):
+    """The same observations the long way: the unmodified environment, one `render()` per physics step.
+
+    This is what scores and videos come from. `on_frame`, if set, is called with each full frame, uint8 (400, 600, 3).
+    """
+
+    on_frame = None
+
+    def begin_picture(self):
+        pass
+
+    def pass_time(self):
+        self.full_frame = self.env.render()
+        if self.on_frame:
+            self.on_frame(self.full_frame)
+
+    def picture(self):
+        return shrink(self.full_frame, self.camera.factor, self.camera.color)
 
 
 class LanderGroup(gym.Env):
@@ -247,6 +273,7 @@ class LanderGroup(gym.Env):
     """
 
     def __init__(self, landers, first_index, seed, frame_skip, frame_stack, shrink_factor, color):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which ends its workers itself
         cv2.setNumThreads(0)  # the cores belong to the workers' own processes
         self.landers = [Lander(frame_skip, frame_stack, shrink_factor, color) for _ in range(landers)]
         # A generator per lander, so that episodes do not depend on how landers are spread over workers.
@@ -257,6 +284,26 @@ class LanderGroup(gym.Env):
 
     def _begin(self, i):
         self.frames[i] = self.landers[i].reset(self.generators[i].integers(TRAINING_SEEDS))
+
+    @property
+    def state(self):
+        """All that the landers' future depends on, in plain values: [(generator state, episode seed, actions), ...].
+
+        A Box2D world cannot be stored, but an episode is its seed and its actions: playing them again is bit-exact.
+        """
+        return [(g.bit_generator.state, l.seed, list(l.actions)) for g, l in zip(self.generators, self.landers)]
+
+    @state.setter
+    def state(self, state):
+        for i, (generator, seed, actions) in enumerate(state):
+            self.generators[i].bit_generator.state = generator
+            self.frames[i] = self.landers[i].reset(seed)
+            for action in actions:
+                self.frames[i] = self.landers[i].step(action)[0]
+
+    def current_frames(self):
+        """uint8 (M, K, H, W)"""
+        return self.frames
 
     def reset(self, *, seed=None, options=None):
         for i in range(len(self.landers)):

@@ -1,0 +1,153 @@
+"""Checkpoint files: written whole or not at all, verified before they are read, never executed.
+
+    save_checkpoint("runs/NAME/checkpoints/000000409600.ckpt", state)
+    state = load_checkpoint("runs/NAME")        # a file, or a folder: its newest good one
+
+A checkpoint is a line of magic, the SHA-256 of the rest, and `torch.save` of a dict of tensors and plain values. The
+hash matters: torch loads a tensor with a flipped bit without a word. `weights_only` matters: a pickle is a program.
+A policy alone is shared as `policy.safetensors`, with its config in the file's metadata.
+"""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+
+from config import check_config
+from envs import VIEWPORT_H, VIEWPORT_W, frame_planes
+from models import make_policy
+
+MAGIC = b"lunar-pixels checkpoint 1\n"
+POLICY_FILE = "policy.safetensors"
+
+
+class CheckpointError(Exception):
+    """A checkpoint that is missing, damaged or does not fit; the message is one line."""
+
+
+def write_atomically(path, data):
+    """`data` (bytes) under `path` whole or not at all, also through a power cut; OSError leaves the old file there."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save_checkpoint(path, state):
+    """`state`: a dict of tensors, numbers, strings, None, and lists and dicts of those."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getvalue()
+    write_atomically(path, MAGIC + hashlib.sha256(payload).digest() + payload)
+
+
+def read_checkpoint(path):
+    """The state in one checkpoint file; CheckpointError says what is wrong with it."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    if not data.startswith(MAGIC):
+        raise CheckpointError(f"{path}: not a checkpoint of this program" if data else f"{path}: empty file")
+    digest, payload = data[len(MAGIC) : len(MAGIC) + 32], data[len(MAGIC) + 32 :]
+    if hashlib.sha256(payload).digest() != digest:
+        raise CheckpointError(f"{path}: damaged (its SHA-256 does not match); use an older checkpoint")
+    try:
+        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{path}: {str(error).splitlines()[0]}") from None
+
+
+def load_checkpoint(path, warn=print):
+    """The state in a checkpoint file, or in the newest good one of a run's folder; damaged ones are told to `warn`."""
+    path = Path(path)
+    if path.is_file():
+        return read_checkpoint(path)
+    folder = path / "checkpoints"
+    files = sorted(folder.glob("*.ckpt"), reverse=True)
+    for file in files:
+        try:
+            return read_checkpoint(file)
+        except CheckpointError as error:
+            warn(f"skipped {error}")
+    if files:
+        raise CheckpointError(f"{folder}: none of its {len(files)} checkpoints is good")
+    raise CheckpointError(f"{path}: no checkpoint there{_alternatives(path)}")
+
+
+def newest_run(root="runs", holding="checkpoints/*.ckpt"):
+    """The run whose newest file matching `holding` was written last, or None."""
+    files = [file for run in Path(root).glob("*/") for file in run.glob(holding)]
+    newest = max(files, key=lambda file: file.stat().st_mtime, default=None)
+    return newest and Path(*newest.parts[: len(Path(root).parts) + 1])
+
+
+def save_policy(path, policy, config, env_frames):
+    """Weights for sharing: safetensors, with config and the frames it was trained for in the metadata."""
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in policy.state_dict().items()}
+    metadata = {"config": json.dumps(config.model_dump(mode="json")), "env_frames": str(env_frames)}
+    metadata["sha256"] = _digest(tensors)  # safetensors itself does not notice a flipped bit
+    write_atomically(path, safetensors_bytes(tensors, metadata))
+
+
+def load_policy(path):
+    """The policy in a safetensors file, or in a folder (a run's best, or results/NAME): (policy, config, file)."""
+    path = Path(path)
+    choices = [path] if path.is_file() else [path / "checkpoints" / POLICY_FILE, path / POLICY_FILE]
+    file = next((choice for choice in choices if choice.is_file()), None)
+    if file is None:
+        raise CheckpointError(f"{path}: no {POLICY_FILE} there{_alternatives(path)}")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            metadata = tensors.metadata() or {}
+            state = {key: tensors.get_tensor(key) for key in tensors.keys()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from None
+    if "config" not in metadata:
+        raise CheckpointError(f"{file}: has no config in its metadata, so it is not a policy of this program")
+    if metadata.get("sha256") != _digest(state):
+        raise CheckpointError(f"{file}: damaged (its SHA-256 does not match)")
+    config = check_config(json.loads(metadata["config"]), str(file))
+    policy = build_policy(config)
+    try:
+        policy.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{file}: does not fit the policy {config.model.name}: {error}".splitlines()[0]) from None
+    return policy.eval(), config, file
+
+
+def build_policy(config):
+    """The untrained policy that `config` describes, for the frames that it describes."""
+    env = config.env
+    height, width = VIEWPORT_H // env.shrink_factor, VIEWPORT_W // env.shrink_factor
+    return make_policy(config.model, env.frame_stack * frame_planes(env.color), height, width, env.color)
+
+
+def _digest(tensors):
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(key.encode() + tensors[key].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _alternatives(path):
+    there = sorted(str(run) for root in ("runs", "results") for run in Path(root).glob("*/") if run != path)
+    return f"; there are {', '.join(there)}" if there else "; train one first: python train.py --config configs/cnn.yaml"

@@ -1,0 +1,237 @@
+"""Scores a policy on seeded episodes of the unmodified LunarLander-v3 and records landing videos.
+
+    python evaluate.py                                        # the newest run's best; with no run yet, the shipped one
+    python evaluate.py --checkpoint results/cnn --episodes 100 --seed 1000000 --videos 5
+    python evaluate.py --checkpoint runs/NAME --sample --output somewhere
+
+Episode i uses seed + i; training never uses seeds from 1,000,000 on. The policy sees the frames of
+`gym.make("LunarLander-v3", render_mode="rgb_array")`, rendered once per physics step, and nothing else.
+"""
+
+import argparse
+import json
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from checkpoint import CheckpointError, load_policy, newest_run, write_atomically
+from config import ConfigError
+from envs import EVALUATION_SEED, OUTCOMES, VIEWPORT_H, VIEWPORT_W, Lander, RenderedLander
+
+FPS = 50  # physics steps, and so rendered frames, per second of lander time
+SOLVED = 200  # return from which gymnasium calls an episode a solution
+MAX_LANDERS = 50  # episodes played side by side; bounds memory
+
+
+@torch.no_grad()
+def play(policy, env_config, seeds, sample_seed=None, lander_class=Lander, on_start=None, autocast_dtype=None,
+         progress=None):
+    """Play one episode per seed, many side by side so that the policy sees them as one batch.
+
+    Greedy, or, with sample_seed, actions sampled from generators seeded with (sample_seed, episode's seed).
+    on_start(index, lander) is called as episode `index` is about to begin. Returns (returns, lengths, outcomes), arrays
+    in the order of `seeds`.
+    """
+    policy.eval()
+    device = next(policy.parameters()).device
+    settings = env_config.model_dump(include={"frame_skip", "frame_stack", "shrink_factor", "color"})
+    waiting, results, playing = list(enumerate(seeds)), [None] * len(seeds), []
+
+    def begin(lander):
+        if not waiting:
+            return
+        index, seed = waiting.pop(0)
+        if on_start:
+            on_start(index, lander)
+        rng = None if sample_seed is None else np.random.default_rng([sample_seed, seed])
+        playing.append((lander, index, lander.reset(seed), rng))
+
+    for _ in range(min(MAX_LANDERS, len(seeds))):
+        begin(lander_class(**settings))
+    while playing:
+        frames = torch.from_numpy(np.stack([frames for _, _, frames, _ in playing])).to(device)
+        with torch.autocast(device.type, autocast_dtype or torch.bfloat16, enabled=autocast_dtype is not None):
+            logits, _ = policy(policy.look(frames))
+        probabilities = logits.double().softmax(-1).cpu().numpy()
+        batch, playing = playing, []
+        for (lander, index, _, rng), p in zip(batch, probabilities):
+            action = int(p.argmax()) if rng is None else int(rng.choice(len(p), p=p / p.sum()))
+            frames, _, terminated, truncated = lander.step(action)
+            if not (terminated or truncated):
+                playing.append((lander, index, frames, rng))
+                continue
+            results[index] = lander.episode_return, lander.episode_length, lander.outcome()
+            begin(lander)
+            if progress:
+                progress.update()
+    returns, lengths, outcomes = zip(*results)
+    return np.array(returns), np.array(lengths), np.array(outcomes)
+
+
+def confidence_interval(values, level=0.95, resamples=10_000):
+    """Percentile bootstrap interval of the mean (Efron 1979): [low, high]. Returns are far from normal."""
+    values = np.asarray(values, float)
+    draws = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+    tail = 100 * (1 - level) / 2
+    return [float(v) for v in np.percentile(values[draws].mean(1), [tail, 100 - tail])]
+
+
+def summarize(returns, lengths, outcomes):
+    """The part of a report that the episodes determine."""
+    return {
+        "return_mean": float(returns.mean()),
+        "return_std": float(returns.std()),
+        "return_ci95": confidence_interval(returns),
+        "return_min": float(returns.min()),
+        "return_max": float(returns.max()),
+        "solved_rate": float((returns >= SOLVED).mean()),
+        "landed_rate": float((outcomes == OUTCOMES.index("rest")).mean()),
+        "length_mean": float(lengths.mean()),
+        "env_frames": int(lengths.sum()),
+        "returns": [float(value) for value in returns],
+    }
+
+
+def evaluate(policy, config, checkpoint, output, episodes=100, seed=EVALUATION_SEED, videos=0, sample=False,
+             report_name="report.json"):
+    """Score `policy`, write the report and the videos of the first `videos` episodes under `output`; the report."""
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    recorder = VideoRecorder(output / "videos", videos, seed)
+    start = time.perf_counter()
+    with recorder, tqdm(total=episodes, desc="evaluating", unit="episode", disable=None, leave=False) as progress:
+        results = play(
+            policy, config.env, range(seed, seed + episodes), sample_seed=seed if sample else None,
+            lander_class=RenderedLander, on_start=recorder.begin, progress=progress)
+    report = {
+        "checkpoint": str(checkpoint),
+        "policy": config.model.name,
+        "mode": "sampled" if sample else "greedy",
+        "episodes": episodes,
+        "seed": seed,
+        **summarize(*results),
+        "seconds": time.perf_counter() - start,
+    }
+    report["returns"] = report.pop("returns")  # the long list comes last
+    write_atomically(output / report_name, (json.dumps(report, indent=2) + "\n").encode())
+    return report
+
+
+class VideoRecorder:
+    """Writes the first `count` episodes as H.264 files, frame by frame while they are played.
+
+    A missing or failing encoder costs the videos, never the score: it is reported once, and playing goes on.
+    """
+
+    def __init__(self, folder, count, seed):
+        self.folder, self.count, self.seed = Path(folder), count, seed
+        self.stack, self.paths, self.failure = ExitStack(), [], None
+
+    def __enter__(self):
+        if self.count:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(self, *exception):
+        try:
+            self.stack.close()
+        except OSError as error:
+            self._fail(error)
+
+    def begin(self, index, lander):
+        lander.on_frame = None
+        if index >= self.count or self.failure:
+            return
+        path = self.folder / f"seed-{self.seed + index}.mp4"
+        try:
+            # 400 and 600 are multiples of 8, so nothing is scaled; yuv420p is what browsers play.
+            writer = imageio_ffmpeg.write_frames(
+                str(path), (VIEWPORT_W, VIEWPORT_H), fps=FPS, codec="libx264", pix_fmt_out="yuv420p",
+                macro_block_size=8, output_params=["-movflags", "+faststart"])
+            writer.send(None)
+        except (OSError, RuntimeError) as error:
+            return self._fail(error)
+        self.stack.callback(writer.close)
+        self.paths.append(path)
+
+        def send(frame):
+            try:
+                writer.send(np.ascontiguousarray(frame))
+            except (OSError, StopIteration) as error:
+                lander.on_frame = None
+                self._fail(error)
+
+        lander.on_frame = send
+
+    def _fail(self, error):
+        if not self.failure:
+            self.failure = error
+            print(f"no videos: the encoder failed ({str(error).splitlines()[0] if str(error) else type(error).__name__});"
+                  " scores are not affected", file=sys.stderr)
+
+
+def print_report(report):
+    low, high = report["return_ci95"]
+    rows = [
+        ("policy", f"{report['policy']}, {report['mode']}  ({report['checkpoint']})"),
+        ("episodes", f"{report['episodes']}, seeds {report['seed']} to {report['seed'] + report['episodes'] - 1}"),
+        ("return", f"{report['return_mean']:.1f} ± {report['return_std']:.1f}   95% interval of the mean "
+                   f"{low:.1f} to {high:.1f}   range {report['return_min']:.1f} to {report['return_max']:.1f}"),
+        ("solved", f"{100 * report['solved_rate']:.0f}% with a return of {SOLVED} or more"),
+        ("landed", f"{100 * report['landed_rate']:.0f}% end at rest, {report['length_mean']:.0f} steps on average"),
+        ("took", f"{report['seconds']:.0f} s for {report['env_frames']:,} rendered frames"),
+    ]
+    print("\n".join(f"{key:>9}  {value}" for key, value in rows))
+
+
+def default_checkpoint():
+    """The newest run with a best policy; with no run yet, the shipped CNN."""
+    return newest_run(holding="checkpoints/policy.safetensors") or Path(__file__).parent / "results" / "cnn"
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return value
+
+
+def natural(text):
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return value
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, help="runs/NAME, results/NAME or a .safetensors file")
+    parser.add_argument("--episodes", type=positive, default=100)
+    parser.add_argument("--seed", type=natural, default=EVALUATION_SEED, help="seed of the first episode")
+    parser.add_argument("--videos", type=natural, default=3, help="record this many of the episodes")
+    parser.add_argument("--sample", action="store_true", help="sample actions instead of taking the likeliest")
+    parser.add_argument("--output", type=Path, help="folder of report.json and videos/; default: inside the run's folder")
+    args = parser.parse_args(argv)
+    checkpoint = args.checkpoint or default_checkpoint()
+    try:
+        policy, config, file = load_policy(checkpoint)
+        output = args.output
+        if output is None:
+            folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent
+            output = folder / "evaluation"
+        report = evaluate(
+            policy, config, checkpoint, output, args.episodes, args.seed, min(args.videos, args.episodes), args.sample)
+    except (CheckpointError, ConfigError, OSError) as error:
+        sys.exit(f"evaluate.py: {error}")
+    print_report(report)
+    print(f"  written  {output / 'report.json'}" + (f", {output / 'videos'}" if args.videos else ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,479 @@
+"""PPO from scratch on rendered frames: collect -> advantages -> update, and the loop around them.
+
+    python train.py --config configs/cnn.yaml
+    python train.py --config configs/cnn.yaml run.seed=2 ppo.learning_rate=3e-4
+    python train.py --resume latest
+
+The algorithm is Schulman et al. 2017, "Proximal Policy Optimization Algorithms" (arXiv:1707.06347).
+"""
+
+import os
+
+# OpenMP's threads spin after a parallel region and would steal the cores from the landers; read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+import signal
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from checkpoint import (
+    POLICY_FILE, CheckpointError, build_policy, load_checkpoint, load_policy, newest_run, save_checkpoint, save_policy)
+from config import ConfigError, apply_overrides, check_config, load_config, save_config
+from envs import NUM_ACTIONS, OUTCOMES, SELECTION_SEED, make_vector_env
+from evaluate import evaluate, play, print_report
+from tracking import Metrics, Progress, Tracker, TrackingError
+
+
+@dataclass
+class Rollout:
+    """num_steps decisions of N landers. Row t: what was seen, done and received at decision t."""
+
+    observations: dict  # of tensors (T, N, ...): what the policy's `look` made of the frames
+    actions: torch.Tensor  # int64 (T, N)
+    log_probs: torch.Tensor  # float32 (T, N), log pi(action | frames) when the action was drawn
+    values: torch.Tensor  # float32 (T, N)
+    rewards: torch.Tensor  # float32 (T, N), scaled
+    terminated: torch.Tensor  # bool (T, N): the episode ended at this decision; nothing comes after
+    truncated: torch.Tensor  # bool (T, N): the episode was cut off at this decision
+    final_values: torch.Tensor  # float32 (T, N): value of the last frames of a truncated episode, else 0
+    next_value: torch.Tensor  # float32 (N,): value of the frames after the last decision
+
+    @classmethod
+    def empty(cls, num_steps, num_envs, observation):
+        """Room for num_steps decisions of num_envs landers; `observation` is an example, its tensors (B, ...)."""
+        device = next(iter(observation.values())).device
+
+        def make(dtype, shape=()):
+            return torch.zeros(num_steps, num_envs, *shape, dtype=dtype, device=device)
+
+        return cls(
+            {key: make(tensor.dtype, tensor.shape[1:]) for key, tensor in observation.items()},
+            make(torch.int64), make(torch.float32), make(torch.float32), make(torch.float32),
+            make(torch.bool), make(torch.bool), make(torch.float32), torch.zeros(num_envs, device=device))
+
+
+@torch.no_grad()
+def collect(envs, policy, rollout, frames, reward_scale, autocast):
+    """Play len(rollout.actions) decisions with the policy's own samples, filling `rollout` in place.
+
+    `frames` are the current observations, uint8 (N, K, H, W); returns those after the last decision and a dict:
+    the episodes that ended (lists of return, length, outcome) and the physics steps done.
+    """
+    policy.eval()
+    num_envs, device = len(frames), rollout.values.device
+    episodes, env_frames = [], 0
+    for t in range(len(rollout.actions)):
+        observation = policy.look(frames.to(device))
+        for key, tensor in observation.items():
+            rollout.observations[key][t] = tensor
+        with autocast:
+            logits, value = policy(observation)
+        log_probs = logits.log_softmax(-1)
+        action = torch.multinomial(log_probs.exp(), 1)  # (N, 1)
+        rollout.actions[t] = action[:, 0]
+        rollout.log_probs[t] = log_probs.gather(1, action)[:, 0]
+        rollout.values[t] = value
+
+        batch = envs.step(action.view(envs.num_envs, -1).cpu().numpy())
+        observations, rewards, terminated, truncated, info = batch
+        frames = torch.from_numpy(observations.reshape(frames.shape))
+        rollout.rewards[t] = torch.from_numpy(rewards.reshape(num_envs)).to(rollout.rewards) * reward_scale
+        rollout.terminated[t] = torch.from_numpy(terminated.reshape(num_envs))
+        rollout.truncated[t] = torch.from_numpy(truncated.reshape(num_envs))
+        env_frames += int(info["env_frames"].sum())
+        rollout.final_values[t] = 0
+        if truncated.any():
+            ended = rollout.truncated[t]
+            final_frames = torch.from_numpy(info["final_frames"].reshape(frames.shape)).to(device)
+            with autocast:
+                rollout.final_values[t, ended] = policy(policy.look(final_frames[ended]))[1]
+        if "episode_return" in info:
+            for i in np.flatnonzero(terminated | truncated):
+                episodes.append(tuple(info[f"episode_{key}"].flat[i] for key in ("return", "length", "outcome")))
+    with autocast:
+        rollout.next_value.copy_(policy(policy.look(frames.to(device)))[1])
+    return frames, {"episodes": episodes, "env_frames": env_frames}
+
+
+@torch.no_grad()
+def compute_advantages(rollout, gamma, gae_lambda):
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, eqs. 11 and 16).
+
+    Returns advantages and returns (targets of the value function), both float32 (T, N). After a termination the value
+    is 0; after a truncation it is that of the episode's last frames; neither passes advantage on to the step before.
+    """
+    advantages = torch.zeros_like(rollout.rewards)
+    advantage = torch.zeros_like(rollout.next_value)
+    next_value = rollout.next_value
+    for t in reversed(range(len(rollout.rewards))):
+        ended = rollout.terminated[t] | rollout.truncated[t]
+        bootstrap = torch.where(ended, rollout.final_values[t], next_value)
+        delta = rollout.rewards[t] + gamma * bootstrap - rollout.values[t]
+        advantage = delta + gamma * gae_lambda * ~ended * advantage
+        advantages[t] = advantage
+        next_value = rollout.values[t]
+    return advantages, advantages + rollout.values
+
+
+def ppo_loss(logits, value, batch, ppo, entropy_coef):
+    """The clipped surrogate objective with value loss and entropy bonus (eqs. 7 and 9), to be minimised.
+
+    logits (B, A), value (B,); batch: dict of actions, log_probs, advantages, returns, values, each (B,).
+    Returns the loss and a dict of detached metrics.
+    """
+    log_probs = logits.log_softmax(-1)
+    entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
+    logratio = log_probs.gather(1, batch["actions"][:, None])[:, 0] - batch["log_probs"]
+    ratio = logratio.exp()
+    advantages = batch["advantages"]
+    if ppo.normalize_advantages:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    clipped = ratio.clamp(1 - ppo.clip_coef, 1 + ppo.clip_coef)
+    policy_loss = -torch.min(ratio * advantages, clipped * advantages).mean()
+
+    error = (value - batch["returns"]) ** 2
+    if ppo.value_clip:
+        change = (value - batch["values"]).clamp(-ppo.clip_coef, ppo.clip_coef)
+        error = torch.max(error, (batch["values"] + change - batch["returns"]) ** 2)
+    value_loss = 0.5 * error.mean()
+
+    with torch.no_grad():
+        metrics = {
+            "policy_loss": policy_loss.detach(),
+            "value_loss": value_loss.detach(),
+            "entropy": entropy.detach(),
+            # The estimator k3 of J. Schulman, "Approximating KL divergence" (2020): unbiased, never negative.
+            "approx_kl": (ratio - 1 - logratio).mean(),
+            "clip_fraction": ((ratio - 1).abs() > ppo.clip_coef).float().mean(),
+        }
+    return policy_loss + ppo.value_coef * value_loss - entropy_coef * entropy, metrics
+
+
+def explained_variance(values, returns):
+    """1 - Var(returns - values) / Var(returns): 1 is perfect, 0 no better than a constant; nan if returns are equal."""
+    variance = returns.var()
+    return float(1 - (returns - values).var() / variance) if variance > 0 else float("nan")
+
+
+def update(policy, optimizer, rollout, advantages, returns, ppo, entropy_coef, autocast, generator):
+    """update_epochs passes over the rollout in shuffled minibatches. Returns metrics, means over all minibatches."""
+    policy.train()
+    flat = {
+        "actions": rollout.actions, "log_probs": rollout.log_probs, "values": rollout.values,
+        "advantages": advantages, "returns": returns}
+    flat = {key: tensor.flatten() for key, tensor in flat.items()}  # (T * N,)
+    observations = {key: tensor.flatten(0, 1) for key, tensor in rollout.observations.items()}  # (T * N, ...)
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    sums, count = {}, 0
+    for _ in range(ppo.update_epochs):
+        epoch_kl, order = 0.0, torch.randperm(advantages.numel(), generator=generator).to(advantages.device)
+        for indices in order.chunk(ppo.num_minibatches):
+            batch = {key: tensor[indices] for key, tensor in flat.items()}
+            with autocast:
+                logits, value = policy({key: tensor[indices] for key, tensor in observations.items()})
+            loss, metrics = ppo_loss(logits, value, batch, ppo, entropy_coef)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            metrics["grad_norm"] = nn.utils.clip_grad_norm_(parameters, ppo.max_grad_norm).detach()
+            if not torch.isfinite(metrics["grad_norm"] + loss):
+                raise FloatingPointError(f"loss {float(loss)}, gradient norm {float(metrics['grad_norm'])}")
+            optimizer.step()
+            count += 1
+            epoch_kl += float(metrics["approx_kl"]) / ppo.num_minibatches
+            for key, metric in metrics.items():
+                sums[key] = sums.get(key, 0.0) + float(metric)
+        if ppo.target_kl is not None and epoch_kl > ppo.target_kl:
+            break
+    means = {key: total / count for key, total in sums.items()}
+    return means | {"explained_variance": explained_variance(rollout.values, returns)}
+
+
+def schedule(ppo, env_frames, late):
+    """Learning rate and entropy bonus at this point: linear annealing, and the late stage once the mean return is high.
+
+    The late stage is the write-up's rule: an agent that lands needs smaller steps and less exploration to land well.
+    """
+    left = max(1 - env_frames / ppo.total_frames, 0) if ppo.anneal else 1
+    return (
+        ppo.learning_rate * left * (ppo.late_learning_rate if late else 1),
+        ppo.entropy_coef * (ppo.late_entropy if late else 1))
+
+
+class Interrupted(Exception):
+    """Raised between updates after SIGINT or SIGTERM; `code` is the exit status."""
+
+    def __init__(self, number):
+        super().__init__(signal.Signals(number).name)
+        self.code = 128 + number
+
+
+class SignalWatch:
+    """Remembers the first SIGINT or SIGTERM, so that a run ends between two updates; the second ends it at once."""
+
+    def __init__(self):
+        self.received = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number, _):
+        self.received = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def check(self):
+        if self.received:
+            raise Interrupted(self.received)
+
+
+class Trainer:
+    """Everything that a training run is made of, and nothing that PPO needs to know: begin, go on, save, resume."""
+
+    def __init__(self, config, folder, state=None):
+        self.config, self.folder, run, env = config, folder, config.run, config.env
+        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if run.device == "auto" else run.device)
+        self.num_threads = run.num_threads or len(os.sched_getaffinity(0))
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=run.bf16)
+        torch.manual_seed(run.seed)
+        self.generator = torch.Generator().manual_seed(run.seed)  # shuffles minibatches
+        self.policy = build_policy(config).to(self.device)
+        self.optimizer = torch.optim.Adam(
+            [p for p in self.policy.parameters() if p.requires_grad], lr=config.ppo.learning_rate, eps=config.ppo.adam_eps)
+        self.envs = make_vector_env(seed=run.seed, **env.model_dump())
+        self.counters = {"env_frames": 0, "updates": 0, "seconds": 0.0, "late": False, "best": None, "next_evaluation": 0}
+        self.recent = deque(maxlen=100)  # (return, length, outcome) of the last episodes
+        self.run_id = None
+        if state:
+            self._restore(state)
+        else:
+            self.frames = self._frames(self.envs.reset()[0])
+            self._calibrate()
+            self.counters["next_evaluation"] = config.evaluation.interval
+        self.rollout = Rollout.empty(config.ppo.num_steps, env.num_envs, self.policy.look(self.frames.to(self.device)))
+
+    def _frames(self, observations):
+        return torch.from_numpy(np.asarray(observations)).flatten(0, 1)  # (workers, M, K, H, W) -> (N, K, H, W)
+
+    def _calibrate(self, decisions=20):
+        """Let the policy see some frames of random play, for what it can learn from frames alone."""
+        shape, seen = (self.envs.num_envs, self.config.env.num_envs // self.envs.num_envs), []
+        for _ in range(decisions):
+            actions = torch.randint(NUM_ACTIONS, shape, generator=self.generator).numpy()
+            self.frames = self._frames(self.envs.step(actions)[0])
+            seen.append(self.frames.clone())
+        self.policy.calibrate(torch.cat(seen).to(self.device))
+
+    def snapshot(self):
+        """What a bit-exact continuation needs besides weights and optimizer, taken between two updates."""
+        return {
+            "counters": dict(self.counters),
+            "recent": [list(map(float, episode)) for episode in self.recent],
+            "generator": self.generator.get_state(),
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "landers": [list(map(list, group)) for group in self.envs.get_attr("state")],
+            "run_id": self.run_id,
+        }
+
+    def save(self, snapshot):
+        name = f"{snapshot['counters']['env_frames']:012d}.ckpt"
+        save_checkpoint(self.folder / "checkpoints" / name, snapshot | {
+            "config": self.config.model_dump(mode="json"),
+            "policy": self.policy.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        })
+        for old in sorted((self.folder / "checkpoints").glob("*.ckpt"))[: -self.config.tracking.keep]:
+            old.unlink()
+
+    def _restore(self, state):
+        self.policy.load_state_dict(state["policy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.counters, self.run_id = dict(state["counters"]), state["run_id"]
+        self.recent.extend(map(tuple, state["recent"]))
+        self.envs.reset()
+        self.envs.set_attr("state", state["landers"])
+        self.frames = self._frames(np.stack(self.envs.call("current_frames")))
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch_rng"])
+        if state["cuda_rng"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+    def update_once(self):
+        """Collect, learn, and return this update's metrics."""
+        ppo, counters, start = self.config.ppo, self.counters, time.perf_counter()
+        learning_rate, entropy_coef = schedule(ppo, counters["env_frames"], counters["late"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        torch.set_num_threads(1)  # while the workers have the cores
+        self.frames, stats = collect(self.envs, self.policy, self.rollout, self.frames, ppo.reward_scale, self.autocast)
+        torch.set_num_threads(self.num_threads)
+        collected = time.perf_counter()
+        advantages, returns = compute_advantages(self.rollout, ppo.gamma, ppo.gae_lambda)
+        learned = update(
+            self.policy, self.optimizer, self.rollout, advantages, returns, ppo, entropy_coef, self.autocast, self.generator)
+        end = time.perf_counter()
+
+        self.recent.extend(stats["episodes"])
+        counters["env_frames"] += stats["env_frames"]
+        counters["updates"] += 1
+        counters["seconds"] += end - start
+        returns, lengths, outcomes = zip(*self.recent) if self.recent else ([float("nan")],) * 3
+        return_mean = float(np.mean(returns))
+        if ppo.late_return is not None and len(self.recent) == self.recent.maxlen and return_mean >= ppo.late_return:
+            counters["late"] = True
+        return {
+            "rollout/return_mean": return_mean,
+            "rollout/length_mean": float(np.mean(lengths)),
+            "rollout/landed_rate": float(np.mean(np.equal(outcomes, OUTCOMES.index("rest")))),
+            **{f"update/{key}": value for key, value in learned.items()},
+            "schedule/learning_rate": learning_rate,
+            "schedule/entropy_coef": entropy_coef,
+            "speed/frames_per_second": stats["env_frames"] / (end - start),
+            "speed/collect_seconds": collected - start,
+            "speed/update_seconds": end - collected,
+            "eval/return_mean": float("nan"),
+            "eval/landed_rate": float("nan"),
+        }
+
+    def select(self, metrics):
+        """Every so often, play episodes of their own seeds greedily and keep the policy that scored best so far."""
+        settings, counters, start = self.config.evaluation, self.counters, time.perf_counter()
+        if counters["env_frames"] < min(counters["next_evaluation"], self.config.ppo.total_frames):
+            return
+        counters["next_evaluation"] += settings.interval
+        seeds = range(SELECTION_SEED, SELECTION_SEED + settings.selection_episodes)
+        returns, _, outcomes = play(self.policy, self.config.env, seeds)
+        metrics["eval/return_mean"] = float(returns.mean())
+        metrics["eval/landed_rate"] = float((outcomes == OUTCOMES.index("rest")).mean())
+        if counters["best"] is None or returns.mean() > counters["best"]:
+            counters["best"] = float(returns.mean())
+            save_policy(self.folder / "checkpoints" / POLICY_FILE, self.policy, self.config, counters["env_frames"])
+        counters["seconds"] += time.perf_counter() - start
+
+    def close(self):
+        self.envs.close(terminate=True)
+
+
+def train(trainer, tracker):
+    """Update until total_frames are done, saving as it goes; raises Interrupted after SIGINT or SIGTERM, saved too."""
+    config, counters, watch = trainer.config, trainer.counters, SignalWatch()
+    progress = Progress(config.ppo.total_frames, counters["env_frames"])
+    boundary, saved = trainer.snapshot(), counters["env_frames"]
+    try:
+        while counters["env_frames"] < config.ppo.total_frames:
+            try:
+                metrics = trainer.update_once()
+            except (EOFError, BrokenPipeError, ConnectionError):
+                time.sleep(0.2)  # a signal to the whole group may reach the workers before it reaches us
+                watch.check()
+                raise
+            trainer.select(metrics)
+            tracker.log(metrics | {"speed/total_seconds": counters["seconds"]}, counters["env_frames"])
+            progress.show(counters["env_frames"], metrics, counters["seconds"])
+            boundary = trainer.snapshot()
+            watch.check()
+            if counters["env_frames"] - saved >= config.tracking.checkpoint_interval:
+                saved = counters["env_frames"]
+                try:
+                    trainer.save(boundary)
+                except OSError as error:
+                    progress.say(f"checkpoint not saved ({error.strerror}); training goes on and will try again")
+    finally:
+        progress.close()
+        # Collecting changes no weights, so the last boundary is whole even if an update was cut off in its rollout.
+        if boundary["counters"]["env_frames"] > 0:
+            trainer.save(boundary)
+
+
+def finish(trainer, tracker):
+    """Score the best policy on unseen episodes, greedy and sampled, record videos, and hand all to MLflow."""
+    config, folder = trainer.config, trainer.folder
+    for name in ("config.yaml", "metrics.csv"):
+        tracker.artifact(folder / name)
+    tracker.artifact(folder / "checkpoints" / POLICY_FILE, "checkpoints")
+    settings = config.evaluation
+    if not settings.episodes:
+        return
+    policy, _, _ = load_policy(folder)
+    for sample, name, videos in ((False, "report.json", settings.videos), (True, "report_sampled.json", 0)):
+        report = evaluate(policy, config, folder, folder, settings.episodes, videos=videos, sample=sample, report_name=name)
+        print_report(report)
+        tracker.artifact(folder / name)
+    tracker.artifact(folder / "videos", "videos")
+
+
+RESUMABLE = ("ppo.total_frames", "run.device", "run.num_threads", "evaluation.", "tracking.")
+
+
+def resume_config(saved, overrides):
+    """The config of a checkpoint with those overrides that may change in mid-run."""
+    tree = {section: dict(keys) for section, keys in saved.items()}
+    before, after = check_config(tree), apply_overrides(tree, overrides)
+    changed = {key: (value, after.flat()[key]) for key, value in before.flat().items() if after.flat()[key] != value}
+    fixed = {key: change for key, change in changed.items() if not key.startswith(RESUMABLE)}
+    if fixed:
+        raise ConfigError("a resumed run keeps its config: " + ", ".join(
+            f"{key} was {was!r}, asked for {now!r}" for key, (was, now) in fixed.items()))
+    return after
+
+
+def start_run(args):
+    """(config, run folder, checkpoint state or None) from the command line."""
+    if args.resume is None:
+        config = load_config(args.config, args.overrides)
+        name = config.run.name or f"{Path(args.config).stem if args.config else 'run'}-{datetime.now():%Y%m%d-%H%M%S}"
+        folder = Path("runs") / name
+        if any(folder.glob("checkpoints/*")):
+            raise ConfigError(f"{folder}: that run exists; resume it with --resume {folder}, or choose another run.name")
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.csv").unlink(missing_ok=True)
+        save_config(config, folder / "config.yaml")
+        return config, folder, None
+    path = newest_run() if args.resume == "latest" else Path(args.resume)
+    if path is None:
+        raise CheckpointError("no run under runs/ has a checkpoint to resume")
+    state = load_checkpoint(path)
+    config = resume_config(state["config"], args.overrides)
+    folder = path if path.is_dir() else path.parent.parent
+    Metrics(folder / "metrics.csv").drop_after(state["counters"]["env_frames"])
+    save_config(config, folder / "config.yaml")
+    return config, folder, state
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="a file of configs/; python config.py prints every key")
+    parser.add_argument("--resume", metavar="RUN", help="latest, runs/NAME or a checkpoint file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_intermixed_args(argv)
+    if (args.config is None) == (args.resume is None):
+        parser.error("give either --config FILE or --resume RUN")
+    trainer = None
+    try:
+        config, folder, state = start_run(args)
+        trainer = Trainer(config, folder, state)
+        with Tracker(config, folder, trainer.run_id) as tracker:
+            trainer.run_id = tracker.run_id
+            print(f"{folder}: {config.model.name}, {trainer.device.type}, {config.ppo.total_frames:,} frames", flush=True)
+            train(trainer, tracker)
+            trainer.close()
+            finish(trainer, tracker)
+    except (ConfigError, CheckpointError, TrackingError) as error:
+        sys.exit(f"train.py: {error}")
+    except Interrupted as interruption:
+        print(f"{interruption}: saved; go on with: python train.py --resume {folder}", flush=True)
+        sys.exit(interruption.code)
+    finally:
+        if trainer:
+            trainer.close()
+
+
+if __name__ == "__main__":
+    main()
