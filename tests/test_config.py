@@ -1,0 +1,99 @@
+"""A user's mistake in a config gives one line that names key, value and what is allowed."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from config import ConfigError, check_config, known_keys, load_config, save_config
+from models import POLICIES
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+def error_of(text, tmp_path, overrides=()):
+    file = tmp_path / "x.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(file, overrides)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_load_and_differ_from_the_defaults_only_where_they_say(path):
+    config, tree = load_config(path), yaml.safe_load(path.read_text())
+    assert config.model.name == tree["model"]["name"]
+    assert config == check_config(tree)
+
+
+def test_resolved_config_reads_back(tmp_path):
+    config = load_config(None, ["ppo.learning_rate=3e-4", "run.name=a-b.c", "ppo.target_kl=0.02"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert set(config.flat()) == {key for key in known_keys() if "." in key}
+
+
+def test_overrides_win_and_numbers_are_numbers(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("ppo:\n  learning_rate: 3e-4\n  total_frames: 2e6\nenv:\n  color: true\n")
+    config = load_config(file, ["ppo.gamma=0.9", "ppo.late_return=null"])
+    assert config.ppo.learning_rate == 3e-4
+    assert config.ppo.total_frames == 2_000_000
+    assert (config.ppo.gamma, config.ppo.late_return) == (0.9, None)
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("", ["x.yaml", "not nothing"]),
+    ("- 1\n", ["x.yaml", "sections"]),
+    ("ppo: 3\n", ["ppo", "3"]),
+    ("ppo:\n  gamma: 0.9\n  gamma: 0.8\n", ["x.yaml:3:3", "'gamma' is given twice"]),
+    ("ppo:\n  gamma: [\n", ["x.yaml:3:1"]),
+    ("ppo:\n\tgamma: 1\n", ["x.yaml:2:1"]),
+    ("ppo:\n  lerning_rate: 1\n", ["unknown key ppo.lerning_rate", "ppo.learning_rate"]),
+    ("pppo:\n  gamma: 1\n", ["unknown key pppo", "did you mean ppo?"]),
+    ("model:\n  glimse: 32\n", ["unknown key model.glimse", "model.glimpse"]),
+    ("model:\n  name: cn\n", ["model.name='cn'", "cnn"]),
+    ("model:\n  glimpse: 3\n", ["model.glimpse=3", "16"]),
+    ("ppo:\n  gamma: 1.5\n", ["ppo.gamma=1.5", "less than or equal to 1"]),
+    ("ppo:\n  learning_rate: fast\n", ["ppo.learning_rate='fast'", "number"]),
+    ("ppo:\n  learning_rate: .nan\n", ["ppo.learning_rate", "finite"]),
+    ("ppo:\n  total_frames: 1.5\n", ["ppo.total_frames=1.5"]),
+    ("env:\n  color: on\n  num_envs: no\n", ["env.num_envs='no'"]),
+    ("env:\n  num_envs: 010\n", ["env.num_envs='010'"]),
+    ("env:\n  shrink_factor: 7\n", ["env.shrink_factor=7", "1, 2, 4, 5, 8"]),
+    ("env:\n  num_envs: 33\n", ["env.num_envs=33", "multiple of env.num_workers=2", "32 or 34"]),
+    ("ppo:\n  num_minibatches: 7\n", ["ppo.num_minibatches=7", "2048", "4, 8"]),
+    ("run:\n  name: a/b\n", ["run.name='a/b'"]),
+    ("run:\n  device: gpu\n", ["run.device='gpu'"]),
+])
+def test_mistakes(text, expected, tmp_path):
+    message = error_of(text, tmp_path)
+    for part in expected:
+        assert part in message
+
+
+@pytest.mark.parametrize(("override", "expected"), [
+    ("ppo.gama=1", "ppo.gamma"),
+    ("gamma", "section.key=value"),
+    ("ppo.gamma=", "ppo.gamma=None"),
+    ("ppo.gamma=[1", "ppo.gamma=[1"),
+    ("ppo.num_minibatches=2048", "at most 1024"),
+])
+def test_mistakes_in_overrides(override, expected, tmp_path):
+    assert expected in error_of("model:\n  name: cnn\n", tmp_path, [override])
+
+
+def test_missing_file_names_those_there_are(tmp_path):
+    (tmp_path / "cnn.yaml").write_text("model:\n  name: cnn\n")
+    with pytest.raises(ConfigError, match=r"cnm\.yaml: no such config; there are .*cnn\.yaml"):
+        load_config(tmp_path / "cnm.yaml")
+
+
+def test_every_key_has_a_line_of_doc():
+    from config import Config
+
+    sections = [field.annotation for name, field in Config.model_fields.items() if name != "model"]
+    for section in sections + [policy.Options for policy in POLICIES.values()]:
+        assert all(field.description for field in section.model_fields.values())

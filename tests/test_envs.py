@@ -1,0 +1,203 @@
+"""The frames we draw are the frames of gymnasium's own renderer, bit for bit."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.envs.box2d.lunar_lander import heuristic
+
+from envs import (
+    ENV_ID,
+    OUTCOMES,
+    TRAINING_SEEDS,
+    FrameStack,
+    Lander,
+    LanderGroup,
+    RenderedLander,
+    make_vector_env,
+    shrink,
+)
+
+
+def rendered_episode(seed, choose, factor, color):
+    """One episode of the unmodified environment, one render per physics step: frames, actions, rewards, last flags."""
+    env = gym.make(ENV_ID, render_mode="rgb_array")
+    state, _ = env.reset(seed=seed)
+    frames, actions, rewards, ended = [shrink(env.render(), factor, color)], [], [], False
+    while not ended:
+        actions.append(choose(env, state))
+        state, reward, terminated, truncated, _ = env.step(actions[-1])
+        frames.append(shrink(env.render(), factor, color))
+        rewards.append(reward)
+        ended = terminated or truncated
+    return frames, actions, rewards, terminated, truncated
+
+
+def random_policy(seed):
+    rng = np.random.default_rng(seed)
+    return lambda env, state: int(rng.integers(4))
+
+
+POLICIES = {
+    "heuristic": lambda seed: heuristic,
+    "random": random_policy,
+    "main engine": lambda seed: lambda env, state: 2,  # leaves through the top, with as many flames as there can be
+    "left engine": lambda seed: lambda env, state: 1,  # turns over, leaves at the side or crashes
+    "hover": lambda seed: lambda env, state: 2 if state[3] < 0 else 0,  # some run into the time limit
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("factor", "color"), [(8, False), (4, True), (5, False), (10, True)])
+def test_every_frame_equals_the_renderers(policy, factor, color):
+    lander = Lander(frame_skip=1, frame_stack=1, shrink_factor=factor, color=color)
+    for seed in range(3):
+        frames, actions, rewards, terminated, truncated = rendered_episode(seed, POLICIES[policy](seed), factor, color)
+        np.testing.assert_array_equal(lander.reset(seed), frames[0])
+        for action, frame, reward in zip(actions, frames[1:], rewards, strict=True):
+            seen, got, *ended = lander.step(action)
+            np.testing.assert_array_equal(seen, frame)
+            assert got == reward
+        assert ended == [terminated, truncated and not terminated]
+        assert lander.episode_return == pytest.approx(sum(rewards), abs=1e-9)
+        assert lander.episode_length == len(actions)
+
+
+@pytest.mark.parametrize("lander_class", [Lander, RenderedLander])
+def test_action_repeat_shows_every_fourth_frame_and_stacks_the_last_ones(lander_class):
+    lander = lander_class(frame_skip=4, frame_stack=3, shrink_factor=8, color=True)
+    rng = np.random.default_rng(5)
+    chosen = rng.integers(4, size=300)
+    counter = iter(np.repeat(chosen, 4))
+    frames, _, rewards, *_ = rendered_episode(11, lambda env, state: int(next(counter)), 8, True)
+    stack = FrameStack(3, (3, 50, 75))
+    np.testing.assert_array_equal(lander.reset(11), stack.fill(frames[0]))
+    done, at = False, 0
+    while not done:
+        seen, reward, terminated, truncated = lander.step(int(chosen[at // 4]))
+        length = min(4, len(rewards) - at)
+        assert reward == pytest.approx(sum(rewards[at : at + length]), abs=1e-9)
+        at += length
+        np.testing.assert_array_equal(seen, stack.push(frames[at]))
+        done = terminated or truncated
+    assert at == len(rewards)
+
+
+def test_shrink_is_the_mean_over_blocks():
+    frame = np.random.default_rng(0).integers(0, 256, (400, 600, 3), dtype=np.uint8)
+    blocks = frame.reshape(50, 8, 75, 8, 3).mean((1, 3))
+    assert np.abs(shrink(frame, 8, True).transpose(1, 2, 0) - blocks).max() <= 0.5 + 1e-6
+    gray = (frame @ [0.299, 0.587, 0.114]).reshape(50, 8, 75, 8).mean((1, 3))
+    assert np.abs(shrink(frame, 8, False)[0] - gray).max() <= 1.1  # two roundings
+
+
+def test_frame_stack_is_oldest_first():
+    stack = FrameStack(3, (1, 1, 1))
+    stack.fill(np.full((1, 1, 1), 7, np.uint8))
+    assert stack.push(np.full((1, 1, 1), 8, np.uint8)).ravel().tolist() == [7, 7, 8]
+    assert stack.push(np.full((1, 1, 1), 9, np.uint8)).ravel().tolist() == [7, 8, 9]
+
+
+def outcomes_of(choose, seeds):
+    found = set()
+    for seed in seeds:
+        lander = Lander(1, 1, 8, False)
+        lander.reset(seed)
+        env, state, ended = lander.env, np.zeros(8), False
+        while not ended:
+            body = lander.lander.lander
+            state = np.array([
+                (body.position.x - 10) / 10, (body.position.y - lander.lander.helipad_y - 0.6) / (20 / 3),
+                body.linearVelocity.x / 5, body.linearVelocity.y * 20 / 3 / 50, body.angle,
+                body.angularVelocity * 0.4, *(float(leg.ground_contact) for leg in lander.lander.legs)])
+            *_, terminated, truncated = lander.step(choose(env, state))
+            ended = terminated or truncated
+        found.add((OUTCOMES[lander.outcome()], truncated))
+    return found
+
+
+def test_outcomes_say_how_an_episode_ended():
+    assert ("rest", False) in outcomes_of(heuristic, range(3))
+    assert outcomes_of(lambda env, state: 0, range(2)) == {("crash", False)}
+    assert ("out_of_sight", False) in outcomes_of(lambda env, state: 2 if state[1] < 1 else 0, range(8))
+
+    def hover(env, state):  # keeps upright, and keeps from falling
+        turn = (0.5 * state[0] + state[2] - state[4]) * 0.5 - state[5]
+        return 2 if (1 - state[1]) * 0.5 - state[3] * 0.5 > abs(turn) else 3 if turn < -0.05 else 1 if turn > 0.05 else 0
+
+    assert ("time", True) in outcomes_of(hover, range(3))
+
+
+SETTINGS = {"frame_skip": 4, "frame_stack": 2, "shrink_factor": 8, "color": False}
+
+
+def test_vector_env_equals_its_landers_played_alone():
+    envs = make_vector_env(num_envs=4, num_workers=2, seed=3, **SETTINGS)
+    try:
+        observations = envs.reset()[0].copy()
+        alone = [LanderGroup(1, i, 3, **SETTINGS) for i in range(4)]
+        for i, group in enumerate(alone):
+            np.testing.assert_array_equal(observations.reshape(4, 2, 50, 75)[i], group.reset()[0][0])
+        rng, endings = np.random.default_rng(0), 0
+        for _ in range(60):
+            actions = rng.integers(4, size=4)
+            observations, rewards, terminated, truncated, info = envs.step(actions.reshape(2, 2))
+            assert rewards.shape == terminated.shape == truncated.shape == info["env_frames"].shape == (2, 2)
+            for i, group in enumerate(alone):
+                frames, reward, term, trunc, own = group.step(actions[i : i + 1])
+                np.testing.assert_array_equal(observations.reshape(4, 2, 50, 75)[i], frames[0])
+                assert (rewards.flat[i], terminated.flat[i], truncated.flat[i]) == (reward[0], term[0], trunc[0])
+                assert info["env_frames"].flat[i] == own["env_frames"][0]
+                if term[0]:
+                    endings += 1
+                    assert info["episode_return"].flat[i] == own["episode_return"][0]
+                    assert info["episode_length"].flat[i] == own["episode_length"][0]
+                    assert OUTCOMES[int(own["episode_outcome"][0])] in ("crash", "out_of_sight")
+        assert endings > 3
+    finally:
+        envs.close(terminate=True)
+
+
+def test_truncated_episode_hands_over_its_last_frames(monkeypatch):
+    group = LanderGroup(1, 0, 0, **SETTINGS)
+    group.reset()
+    group.landers[0].env.env._max_episode_steps = 42  # gymnasium's TimeLimit
+    group.landers[0].reset(5)
+    twin = Lander(**SETTINGS)
+    twin.reset(5)
+    for decision in range(11):
+        frames, _, terminated, truncated, info = group.step([0 if decision % 2 else 2])
+        last = twin.step(0 if decision % 2 else 2)[0] if decision < 10 else last
+    assert truncated.tolist() == [True]
+    assert terminated.tolist() == [False]
+    assert info["episode_length"].tolist() == [42]
+    assert OUTCOMES[int(info["episode_outcome"][0])] == "time"
+    # Two of the eleventh decision's four steps were played: its frame is not the twin's, but the one before it is.
+    np.testing.assert_array_equal(info["final_frames"][0][0], last[1])
+    assert not np.array_equal(frames[0], info["final_frames"][0])
+
+
+def test_episodes_never_use_evaluation_seeds():
+    group = LanderGroup(2, 0, 1, **SETTINGS)
+    seeds = []
+    for lander in group.landers:
+        lander.reset = lambda seed: seeds.append(seed) or 0
+    for _ in range(500):
+        group.reset()
+    assert len(set(seeds)) > 990
+    assert 0 <= min(seeds)
+    assert max(seeds) < TRAINING_SEEDS < 1_000_000
+
+
+def test_state_restores_landers_in_mid_episode():
+    rng = np.random.default_rng(0)
+    group = LanderGroup(3, 0, 7, **SETTINGS)
+    group.reset()
+    for _ in range(40):
+        group.step(rng.integers(4, size=3))
+    other = LanderGroup(3, 0, 99, **SETTINGS)
+    other.state = group.state
+    np.testing.assert_array_equal(other.current_frames(), group.current_frames())
+    for _ in range(60):
+        actions = rng.integers(4, size=3)
+        for mine, theirs in zip(group.step(actions)[:4], other.step(actions)[:4], strict=True):
+            np.testing.assert_array_equal(mine, theirs)

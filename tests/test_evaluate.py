@@ -1,0 +1,119 @@
+import json
+import subprocess
+import sys
+
+import gymnasium as gym
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+from checkpoint import build_policy, load_policy, save_policy
+from config import Config
+from envs import ENV_ID, FrameStack, Lander, RenderedLander, shrink
+
+
+@pytest.fixture(scope="module")
+def policy_file(tmp_path_factory):
+    torch.manual_seed(3)
+    config, folder = Config(), tmp_path_factory.mktemp("run") / "checkpoints"
+    policy = build_policy(config)
+    policy.eye.direction.copy_(torch.tensor([0.33, -0.81, 0.48]))
+    torch.nn.init.normal_(policy.actor.weight)  # so that actions differ
+    folder.mkdir()
+    save_policy(folder / "policy.safetensors", policy, config, 0)
+    return folder.parent
+
+
+def run_main(*args):
+    return subprocess.run(
+        [sys.executable, evaluate.__file__, *map(str, args)], capture_output=True, text=True, check=False)
+
+
+def test_report_equals_episodes_played_by_hand(policy_file, tmp_path):
+    """The command's score is that of a plain loop over gym.make with one render() per physics step."""
+    done = run_main("--checkpoint", policy_file, "--episodes", 3, "--seed", 1000007, "--videos", 1, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    policy, config, _ = load_policy(policy_file)
+    returns, lengths = [], []
+    for seed in range(1000007, 1000010):
+        env, total, length, ended = gym.make(ENV_ID, render_mode="rgb_array"), 0.0, 0, False
+        env.reset(seed=seed)
+        stack = FrameStack(config.env.frame_stack, (3, 100, 150))
+        frames = stack.fill(shrink(env.render(), 4, True))
+        while not ended:
+            with torch.no_grad():
+                logits, _ = policy(policy.look(torch.from_numpy(frames)[None]))
+            for _ in range(config.env.frame_skip):
+                _, reward, terminated, truncated, _ = env.step(int(logits.argmax()))
+                picture, total, length = env.render(), total + reward, length + 1
+                ended = terminated or truncated
+                if ended:
+                    break
+            frames = stack.push(shrink(picture, 4, True))
+        returns.append(total)
+        lengths.append(length)
+    assert report["returns"] == pytest.approx(returns, abs=1e-6)
+    assert report["return_mean"] == pytest.approx(np.mean(returns))
+    assert report["return_std"] == pytest.approx(np.std(returns))
+    assert (report["return_min"], report["return_max"]) == (min(report["returns"]), max(report["returns"]))
+    assert report["length_mean"] == pytest.approx(np.mean(lengths))
+    assert report["env_frames"] == sum(lengths)
+    assert report["solved_rate"] == np.mean(np.array(returns) >= 200)
+    assert (report["mode"], report["episodes"], report["seed"], report["policy"]) == ("greedy", 3, 1000007, "cnn")
+    assert report["return_ci95"][0] <= report["return_mean"] <= report["return_ci95"][1]
+    assert "return" in done.stdout
+
+    reader = imageio_ffmpeg.read_frames(str(tmp_path / "videos" / "seed-1000007.mp4"))
+    meta = next(reader)
+    assert (meta["size"], meta["fps"], meta["codec"]) == ((600, 400), 50, "h264")
+    assert "yuv420p" in meta["pix_fmt"]
+    frames = list(reader)
+    assert len(frames) == lengths[0] + 1  # the first picture, and one per physics step
+    env = gym.make(ENV_ID, render_mode="rgb_array")
+    env.reset(seed=1000007)
+    first = np.frombuffer(frames[0], np.uint8).reshape(400, 600, 3).astype(int)
+    assert np.abs(first - env.render()).mean() < 4  # lossy, but the same picture
+
+
+def test_drawn_and_rendered_landers_score_alike(policy_file):
+    policy, config, _ = load_policy(policy_file)
+    for sample_seed in (None, 5):
+        drawn = evaluate.play(policy, config.env, range(4), sample_seed, Lander)
+        rendered = evaluate.play(policy, config.env, range(4), sample_seed, RenderedLander)
+        for a, b in zip(drawn, rendered, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_sampled_episodes_repeat_and_do_not_depend_on_their_neighbours(policy_file):
+    policy, config, _ = load_policy(policy_file)
+    together = evaluate.play(policy, config.env, range(3), 5)[0]
+    again = evaluate.play(policy, config.env, range(3), 5)[0]
+    other = evaluate.play(policy, config.env, range(3), 6)[0]
+    assert together.tolist() == again.tolist() != other.tolist()
+
+
+def test_confidence_interval_of_a_known_case():
+    rng = np.random.default_rng(0)
+    low, high = evaluate.confidence_interval(rng.normal(10, 2, 400))
+    assert low == pytest.approx(10 - 1.96 * 0.1, abs=0.15)
+    assert high == pytest.approx(10 + 1.96 * 0.1, abs=0.15)
+    assert evaluate.confidence_interval([5.0, 5.0]) == [5, 5]
+
+
+def test_missing_checkpoint_is_one_line(tmp_path):
+    done = run_main("--checkpoint", tmp_path / "nowhere")
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "nowhere" in done.stderr
+
+
+def test_no_encoder_costs_the_videos_not_the_score(policy_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/bin/false")
+    policy, config, file = load_policy(policy_file)
+    report = evaluate.evaluate(policy, config, file, tmp_path, episodes=2, videos=2)
+    assert len(report["returns"]) == 2
+    assert (tmp_path / "report.json").exists()
+    assert "no videos" in capsys.readouterr().err

@@ -1,0 +1,268 @@
+"""The numbers of PPO: advantages, loss and diagnostics against hand-made cases, and environments only PPO can solve."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from config import PPO, Config
+from train import Rollout, collect, compute_advantages, explained_variance, ppo_loss, schedule, update
+
+FP32 = torch.autocast("cpu", enabled=False)
+
+
+def empty_rollout(num_steps, num_envs):
+    return Rollout.empty(num_steps, num_envs, {"frames": torch.zeros(1, 1)})
+
+
+def advantages_by_definition(rollout, gamma, lam):
+    """A^GAE = sum over k of (gamma lam)^k delta_{t+k}, summed up to the episode's or the rollout's end."""
+    steps, envs = rollout.rewards.shape
+    advantages = np.zeros((steps, envs))
+    for n in range(envs):
+        for t in range(steps):
+            for k in range(t, steps):
+                ended = bool(rollout.terminated[k, n] or rollout.truncated[k, n])
+                if ended:
+                    following = float(rollout.final_values[k, n])
+                else:
+                    following = float(rollout.values[k + 1, n] if k + 1 < steps else rollout.next_value[n])
+                delta = float(rollout.rewards[k, n]) + gamma * following - float(rollout.values[k, n])
+                advantages[t, n] += (gamma * lam) ** (k - t) * delta
+                if ended:
+                    break
+    return advantages
+
+
+def test_advantages_equal_a_plain_double_loop():
+    generator = torch.Generator().manual_seed(0)
+    rollout = empty_rollout(40, 6)
+    for tensor in (rollout.rewards, rollout.values, rollout.next_value):
+        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    endings = torch.rand(40, 6, generator=generator)
+    rollout.terminated[:] = endings < 0.1
+    rollout.truncated[:] = (endings >= 0.1) & (endings < 0.2)
+    rollout.terminated[-1, 0], rollout.truncated[-1, 1] = True, True  # endings at the rollout's border
+    rollout.truncated &= ~rollout.terminated
+    rollout.final_values[:] = torch.randn(40, 6, generator=generator) * rollout.truncated
+    advantages, returns = compute_advantages(rollout, 0.97, 0.9)
+    expected = advantages_by_definition(rollout, 0.97, 0.9)
+    np.testing.assert_allclose(advantages.numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(returns.numpy(), expected + rollout.values.numpy(), atol=1e-5)
+
+
+def test_termination_and_truncation_differ_by_the_bootstrap():
+    rollout = empty_rollout(1, 2)
+    rollout.rewards[:] = 1
+    rollout.next_value[:] = 100  # the next episode's; must not leak
+    rollout.terminated[0, 0], rollout.truncated[0, 1] = True, True
+    rollout.final_values[0, 1] = 10
+    assert compute_advantages(rollout, 0.5, 0.95)[0].tolist() == [[1.0, 6.0]]
+
+
+def hand_made_batch():
+    """Three decisions among two actions; the old probabilities of the actions taken are 0.5 each."""
+    logits = torch.tensor([0.6, 0.5, 0.2]).unsqueeze(1)
+    logits = torch.cat([logits, 1 - logits], 1).log()  # new probabilities of action 0: 0.6, 0.5, 0.2
+    batch = {
+        "actions": torch.tensor([0, 0, 0]),
+        "log_probs": torch.full((3,), 0.5).log(),
+        "advantages": torch.tensor([2.0, 1.0, -1.0]),
+        "returns": torch.tensor([1.0, 0.0, 2.0]),
+        "values": torch.tensor([0.0, 0.0, 0.0]),
+    }
+    return logits, torch.tensor([0.5, 0.0, 1.0]), batch
+
+
+def test_loss_on_a_hand_made_case():
+    logits, value, batch = hand_made_batch()
+    ppo = PPO(clip_coef=0.1, value_coef=0.5, normalize_advantages=False)
+    loss, metrics = ppo_loss(logits, value, batch, ppo, entropy_coef=0.01)
+    # Ratios 1.2, 1.0, 0.4. Clipped to 0.9..1.1 the terms are min(2.4, 2.2), min(1, 1), min(-0.4, -0.9).
+    policy_loss = -(2.2 + 1.0 - 0.9) / 3
+    value_loss = 0.5 * (0.25 + 0 + 1) / 3
+    entropy = -np.mean([p * np.log(p) + (1 - p) * np.log(1 - p) for p in (0.6, 0.5, 0.2)])
+    assert float(metrics["policy_loss"]) == pytest.approx(policy_loss, abs=1e-6)
+    assert float(metrics["value_loss"]) == pytest.approx(value_loss, abs=1e-6)
+    assert float(metrics["entropy"]) == pytest.approx(entropy, abs=1e-6)
+    assert float(loss) == pytest.approx(policy_loss + 0.5 * value_loss - 0.01 * entropy, abs=1e-6)
+    assert float(metrics["clip_fraction"]) == pytest.approx(2 / 3)
+    assert float(metrics["approx_kl"]) == pytest.approx(np.mean([r - 1 - np.log(r) for r in (1.2, 1.0, 0.4)]), abs=1e-6)
+
+
+def test_value_clipping_takes_the_worse_of_two_errors():
+    logits, value, batch = hand_made_batch()
+    _, metrics = ppo_loss(logits, value, batch, PPO(clip_coef=0.1, value_clip=True), 0.0)
+    # Values may move by 0.1 from 0: errors max(0.5, 0.9)^2, 0, max(1, 1.9)^2.
+    assert float(metrics["value_loss"]) == pytest.approx(0.5 * (0.81 + 0 + 3.61) / 3, abs=1e-6)
+
+
+def test_clipped_decisions_give_no_gradient():
+    logits, value, batch = hand_made_batch()
+    logits.requires_grad_()
+    ppo = PPO(clip_coef=0.1, normalize_advantages=False)
+    ppo_loss(logits, value, batch, ppo, 0.0)[0].backward()
+    # The first is beyond the clip with a positive advantage, the third beyond it with a negative one.
+    assert logits.grad[0].abs().max() == 0
+    assert logits.grad[1].abs().max() > 0
+    assert logits.grad[2].abs().max() == 0
+
+
+def test_explained_variance():
+    returns = torch.tensor([1.0, 2.0, 3.0])
+    assert explained_variance(returns, returns) == 1
+    assert explained_variance(torch.full((3,), 5.0), returns) == 0
+    assert explained_variance(-returns, returns) == pytest.approx(-3)
+    assert np.isnan(explained_variance(returns, torch.ones(3)))
+
+
+def test_schedule_anneals_and_knows_the_late_stage():
+    ppo = PPO(learning_rate=1e-3, entropy_coef=0.01, total_frames=100, late_learning_rate=0.5, late_entropy=0.1)
+    assert schedule(ppo, 0, False) == pytest.approx((1e-3, 0.01))
+    assert schedule(ppo, 75, False) == pytest.approx((2.5e-4, 0.01))
+    assert schedule(ppo, 75, True) == pytest.approx((1.25e-4, 0.001))
+    assert schedule(ppo, 120, False)[0] == 0
+    assert schedule(ppo.model_copy(update={"anneal": False}), 75, False)[0] == 1e-3
+
+
+class ProbeEnvs:
+    """An environment in the form of AsyncVectorEnv with one worker, for rules written as plain functions.
+
+    rule(step, observation, action) -> (reward, ended); observations are -1 or 1, stored as frames 0 and 255.
+    """
+
+    num_envs = 1
+
+    def __init__(self, rule, random_observation, landers=16):
+        self.rule, self.random, self.rng = rule, random_observation, np.random.default_rng(0)
+        self.landers, self.steps = landers, np.zeros(landers, int)
+        self.observations = np.stack([self._begin() for _ in range(landers)])
+
+    def _begin(self):
+        return self.rng.choice([0, 255]) if self.random else 255
+
+    def frames(self):
+        return self.observations.astype(np.uint8).reshape(1, self.landers, 1, 1, 1)
+
+    def step(self, actions):
+        rewards, terminated = np.zeros((1, self.landers), np.float32), np.zeros((1, self.landers), bool)
+        for i, action in enumerate(actions[0]):
+            seen = 1 if self.observations[i] else -1
+            rewards[0, i], terminated[0, i] = self.rule(self.steps[i], seen, action)
+            self.steps[i] = 0 if terminated[0, i] else self.steps[i] + 1
+            # A new observation each step; at the second step of a two-step episode the probe shows -1.
+            self.observations[i] = self._begin() if self.random or terminated[0, i] else 0
+        info = {"env_frames": np.ones((1, self.landers), int)}
+        return self.frames(), rewards, terminated, np.zeros_like(terminated), info
+
+
+class TinyPolicy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.hidden = nn.Sequential(nn.Linear(1, 32), nn.Tanh())
+        self.actor, self.critic = nn.Linear(32, 2), nn.Linear(32, 1)
+        nn.init.zeros_(self.actor.weight)
+
+    def look(self, frames):
+        return {"frames": frames.flatten(1)}
+
+    def forward(self, observation):
+        hidden = self.hidden(observation["frames"].float() / 127.5 - 1)
+        return self.actor(hidden), self.critic(hidden)[:, 0]
+
+
+def learn(rule, random_observation, updates=60, **settings):
+    """Train TinyPolicy with collect, compute_advantages and update; probabilities (2, 2) and values (2,) at -1, 1."""
+    torch.manual_seed(0)
+    envs, policy, generator = ProbeEnvs(rule, random_observation), TinyPolicy(), torch.Generator().manual_seed(0)
+    ppo = PPO(**{"gamma": 0.5, "gae_lambda": 0.95, "num_minibatches": 4, "entropy_coef": 0.0, **settings})
+    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-2)
+    frames = torch.from_numpy(envs.frames()[0])
+    rollout = Rollout.empty(8, envs.landers, policy.look(frames))
+    for _ in range(updates):
+        frames, _ = collect(envs, policy, rollout, frames, 1.0, FP32)
+        advantages, returns = compute_advantages(rollout, ppo.gamma, ppo.gae_lambda)
+        update(policy, optimizer, rollout, advantages, returns, ppo, 0.0, FP32, generator)
+    with torch.no_grad():
+        logits, values = policy(policy.look(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)))
+    return logits.softmax(-1).numpy(), values.numpy()
+
+
+def test_probe_constant_value():
+    _, values = learn(lambda step, seen, action: (1.0, True), False)
+    assert values[1] == pytest.approx(1, abs=0.05)
+
+
+def test_probe_value_from_observation():
+    _, values = learn(lambda step, seen, action: (float(seen), True), True)
+    np.testing.assert_allclose(values, [-1, 1], atol=0.1)
+
+
+def test_probe_discounting():
+    """Two steps, reward 1 at the second: the first is worth gamma."""
+    _, values = learn(lambda step, seen, action: (float(step == 1), step == 1), False)
+    np.testing.assert_allclose(values, [1, 0.5], atol=0.07)
+
+
+def test_probe_policy():
+    probabilities, _ = learn(lambda step, seen, action: (1.0 if action == 1 else -1.0, True), False)
+    assert probabilities[1, 1] > 0.95
+
+
+def test_probe_policy_from_observation():
+    probabilities, _ = learn(lambda step, seen, action: (1.0 if (action == 1) == (seen == 1) else -1.0, True), True)
+    assert probabilities[0, 0] > 0.95
+    assert probabilities[1, 1] > 0.95
+
+
+def test_first_minibatch_has_ratio_one():
+    """Nothing has changed since the decisions were drawn, so KL and clip fraction of the first minibatch are 0."""
+    envs = ProbeEnvs(lambda step, seen, action: (float(action), True), True)
+    policy = TinyPolicy()
+    frames = torch.from_numpy(envs.frames()[0])
+    rollout = Rollout.empty(8, envs.landers, policy.look(frames))
+    collect(envs, policy, rollout, frames, 1.0, FP32)
+    advantages, returns = compute_advantages(rollout, 0.99, 0.95)
+    ppo = PPO(update_epochs=1, num_minibatches=1)
+    before = [p.clone() for p in policy.parameters()]
+    metrics = update(
+        policy, torch.optim.Adam(policy.parameters(), lr=1e-2), rollout, advantages, returns, ppo, 0.0, FP32,
+        torch.Generator().manual_seed(0))
+    assert metrics["approx_kl"] == pytest.approx(0, abs=1e-6)
+    assert metrics["clip_fraction"] == 0
+    assert any(not torch.equal(p, q) for p, q in zip(before, policy.parameters(), strict=True))
+
+
+def test_target_kl_ends_an_update_early():
+    envs, policy = ProbeEnvs(lambda step, seen, action: (float(action), True), True), TinyPolicy()
+    frames = torch.from_numpy(envs.frames()[0])
+    rollout = Rollout.empty(8, envs.landers, policy.look(frames))
+    collect(envs, policy, rollout, frames, 1.0, FP32)
+    advantages, returns = compute_advantages(rollout, 0.99, 0.95)
+
+    class Counting(torch.optim.SGD):
+        steps = 0
+
+        def step(self, closure=None):
+            self.steps += 1
+            return super().step(closure)
+
+    def steps(**settings):
+        optimizer = Counting(policy.parameters(), lr=0.0)
+        ppo = PPO(update_epochs=3, num_minibatches=4, **settings)
+        batch = Rollout(**{**vars(rollout), "log_probs": rollout.log_probs - 1})  # KL of e - 2 from the start
+        update(policy, optimizer, batch, advantages, returns, ppo, 0.0, FP32, torch.Generator().manual_seed(0))
+        return optimizer.steps
+
+    assert steps() == 12
+    assert steps(target_kl=0.5) == 4
+
+
+def test_nan_stops_before_the_optimizer_step():
+    policy, rollout = TinyPolicy(), Rollout.empty(4, 2, {"frames": torch.zeros(1, 1, dtype=torch.uint8)})
+    before = [p.clone() for p in policy.parameters()]
+    advantages = torch.full((4, 2), float("nan"))
+    with pytest.raises(FloatingPointError, match="loss nan"):
+        update(policy, torch.optim.Adam(policy.parameters()), rollout, advantages, torch.zeros(4, 2),
+               Config().ppo.model_copy(update={"num_minibatches": 1}), 0.0, FP32, torch.Generator())
+    assert all(torch.equal(p, q) for p, q in zip(before, policy.parameters(), strict=True))

@@ -1,0 +1,183 @@
+"""Real training runs, end to end, from the command line."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import psutil
+import pytest
+import torch
+
+from checkpoint import load_checkpoint
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    "env.num_envs=4", "ppo.num_steps=32", "ppo.num_minibatches=2", "ppo.total_frames=3000", "evaluation.interval=2000",
+    "evaluation.selection_episodes=2", "evaluation.episodes=2", "evaluation.videos=1", "tracking.checkpoint_interval=500",
+    "model.features=32", "run.num_threads=1"]
+
+
+def command(*args):
+    return [sys.executable, str(ROOT / "train.py"), *map(str, args)]
+
+
+def run(folder, *args, ok=True):
+    done = subprocess.run(command(*args), cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    assert not ok or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def rows(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def without_speed(table):
+    return [{key: value for key, value in row.items() if not key.startswith("speed/")} for row in table]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """A short run that nothing disturbed, in a folder whose name has a space."""
+    folder = tmp_path_factory.mktemp("a run")
+    done = run(folder, "--config", ROOT / "configs/cnn.yaml", "run.name=whole", *TINY)
+    return folder, done
+
+
+def test_a_run_leaves_its_files(whole_run):
+    folder, done = whole_run
+    here = folder / "runs" / "whole"
+    assert {"config.yaml", "checkpoints", "videos", "report.json", "report_sampled.json", "metrics.csv"} <= {
+        p.name for p in here.iterdir()}
+    assert len(list((here / "checkpoints").glob("*.ckpt"))) == 2
+    assert json.loads((here / "report.json").read_text())["mode"] == "greedy"
+    assert json.loads((here / "report_sampled.json").read_text())["mode"] == "sampled"
+    assert len(list((here / "videos").glob("*.mp4"))) == 1
+    assert "M frames" in done.stdout
+    assert "\r" not in done.stdout + done.stderr  # plain lines where the output is a file
+
+
+def test_mlflow_has_what_the_csv_has(whole_run):
+    folder, _ = whole_run
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    experiment = client.get_experiment_by_name("lunar-lander")
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert found.info.status == "FINISHED"
+    assert found.info.run_name == "whole"
+    assert found.data.params["ppo.total_frames"] == "3000"
+    assert {"git_commit", "machine", "version.torch"} <= set(found.data.tags)
+    table = rows(folder / "runs" / "whole")
+    for key in table[0]:
+        if key == "frames":
+            continue
+        history = {m.step: m.value for m in client.get_metric_history(found.info.run_id, key)}
+        expected = {int(row["frames"]): float(row[key]) for row in table if row[key] != "nan"}
+        assert history == pytest.approx(expected), key
+    artifacts = {a.path for a in client.list_artifacts(found.info.run_id)}
+    assert {"config.yaml", "metrics.csv", "report.json", "checkpoints", "videos"} <= artifacts
+
+
+def test_same_seed_same_numbers(whole_run, tmp_path):
+    folder, _ = whole_run
+    run(tmp_path, "--config", ROOT / "configs/cnn.yaml", "run.name=again", "tracking.mlflow=false", *TINY)
+    assert without_speed(rows(tmp_path / "runs" / "again")) == without_speed(rows(folder / "runs" / "whole"))
+
+
+def start(folder, *args):
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(command(*args), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True, env=environment)
+
+
+def wait_for_rows(process, folder, count):
+    for _ in range(1200):
+        if (folder / "metrics.csv").exists() and len(rows(folder)) >= count:
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    pytest.fail("no progress")
+
+
+@pytest.mark.parametrize(("number", "whole_group"), [
+    (signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGKILL, False)])
+def test_resumed_run_equals_the_run_that_was_never_stopped(number, whole_group, whole_run, tmp_path):
+    folder, _ = whole_run
+    here = tmp_path / "runs" / "stopped"
+    process = start(tmp_path, "--config", ROOT / "configs/cnn.yaml", "run.name=stopped", *TINY)
+    wait_for_rows(process, here, 3)
+    children = psutil.Process(process.pid).children(recursive=True)
+    (os.killpg if whole_group else os.kill)(process.pid, number)
+    output = process.communicate(timeout=60)[0]
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+    else:
+        assert process.returncode == 128 + number, output
+        assert "Traceback" not in output
+        assert "--resume" in output
+        client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+        (found,) = client.search_runs([client.get_experiment_by_name("lunar-lander").experiment_id])
+        assert found.info.status == "KILLED"
+    assert psutil.wait_procs(children, timeout=20)[1] == []  # no worker is left behind
+
+    run(tmp_path, "--resume", "latest")
+    assert without_speed(rows(here)) == without_speed(rows(folder / "runs" / "whole"))
+    resumed, whole = load_checkpoint(here), load_checkpoint(folder / "runs" / "whole")
+    assert resumed["landers"] == whole["landers"]
+    for key, tensor in whole["policy"].items():
+        assert torch.equal(resumed["policy"][key], tensor), key
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (found,) = client.search_runs([client.get_experiment_by_name("lunar-lander").experiment_id])
+    assert found.info.status == "FINISHED"
+
+
+def test_resume_refuses_another_config(whole_run):
+    folder, _ = whole_run
+    done = run(folder, "--resume", "runs/whole", "ppo.gamma=0.5", ok=False)
+    assert done.returncode == 1
+    assert "ppo.gamma was 0.99, asked for 0.5" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("args", "expected"), [
+    (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    (["--config", ROOT / "configs/cnn.yaml", "ppo.gama=1"], "ppo.gamma"),
+    (["--resume", "latest"], "no run under runs/"),
+    (["--resume", "runs/nothing"], "runs/nothing"),
+])
+def test_mistakes_are_one_line_before_anything_starts(args, expected, tmp_path):
+    done = run(tmp_path, *args, ok=False)
+    assert done.returncode == 1
+    assert expected in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_run_is_not_overwritten(whole_run):
+    folder, _ = whole_run
+    done = run(folder, "--config", ROOT / "configs/cnn.yaml", "run.name=whole", ok=False)
+    assert done.returncode == 1
+    assert "runs/whole" in done.stderr
+
+
+def test_unreachable_mlflow_server_is_said_at_once(tmp_path):
+    done = run(tmp_path, "--config", ROOT / "configs/cnn.yaml", "tracking.uri=http://127.0.0.1:9", *TINY, ok=False)
+    assert done.returncode == 1
+    assert re.search("127.0.0.1:9.*tracking.mlflow=false", done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+def test_learning_shows_in_two_minutes(tmp_path):
+    """A real short run of the quick config: the return rises far above that of random play, which is about -180."""
+    run(tmp_path, "--config", ROOT / "configs/quick.yaml", "run.name=quick", "tracking.mlflow=false",
+        "evaluation.episodes=0")
+    table = rows(tmp_path / "runs" / "quick")
+    first, last = float(table[2]["rollout/return_mean"]), float(table[-1]["rollout/return_mean"])
+    assert first < -100
+    assert last > first + 100
