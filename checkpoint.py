@@ -138,7 +138,7 @@ def build_policy(config):
     """The untrained policy that `config` describes, for the frames that it describes."""
     env = config.env
     height, width = VIEWPORT_H // env.shrink_factor, VIEWPORT_W // env.shrink_factor
-    return make_policy(config.model, env.frame_stack * frame_planes(env.color), height, width, env.color)
+    return make_policy(config.model, env.frame_stack, frame_planes(env.color), height, width)
 
 
 def _digest(tensors):

@@ -9,7 +9,7 @@ of doc; a YAML file holds only what differs. `python config.py` prints them all.
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
@@ -20,6 +20,9 @@ from models import POLICIES
 VIEWPORT = (400, 600)  # pixels: height, width of the rendered frame
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
+
+
+CROSS_CHECKS = ("num_envs", "num_minibatches", "segment_length", "glimpse", "mirror", "model")  # messages name their keys
 
 
 class ConfigError(Exception):
@@ -35,7 +38,7 @@ class Run(Section):
     name: str = Field("", pattern=r"^[\w.-]*$", description="folder under runs/; empty: config file and time of start")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     num_threads: int = Field(0, ge=0, description="CPU threads of the update; 0: one per core")
-    bf16: bool = Field(True, description="bfloat16 autocast in the network's convolutions and large layers")
+    bf16: bool | None = Field(None, description="bfloat16 autocast in the network; null: where the hardware computes it")
 
 
 class Env(Section):
@@ -65,11 +68,12 @@ class Env(Section):
 
 
 class PPO(Section):
-    total_frames: Positive = Field(4_000_000, description="environment frames, that is physics steps, to train for")
+    total_frames: Positive = Field(2_000_000, description="environment frames, that is physics steps, to train for")
     num_steps: Positive = Field(64, description="decisions per lander and rollout")
-    learning_rate: float = Field(5e-4, gt=0, le=1, description="Adam's step size at the start")
+    learning_rate: float = Field(1e-3, gt=0, le=1, description="Adam's step size at the start")
     adam_eps: float = Field(1e-5, gt=0, description="Adam's epsilon")
     anneal: bool = Field(True, description="learning rate falls linearly to 0 over total_frames")
+    warmup_frames: int = Field(0, ge=0, description="learning rate rises linearly from 0 over this many frames")
     gamma: Probability = Field(0.99, description="discount per decision")
     gae_lambda: Probability = Field(0.95, description="lambda of generalised advantage estimation")
     update_epochs: Positive = Field(4, description="passes over each rollout")
@@ -79,6 +83,8 @@ class PPO(Section):
     value_coef: float = Field(0.5, ge=0, description="weight of the value loss")
     entropy_coef: float = Field(0.01, ge=0, le=1, description="weight of the entropy bonus")
     normalize_advantages: bool = Field(True, description="zero mean and unit deviation per minibatch")
+    segment_length: Positive = Field(
+        1, description="successive decisions kept together when minibatches are shuffled; divides num_steps")
     max_grad_norm: float = Field(0.5, gt=0, description="gradients are scaled down to this global norm")
     target_kl: float | None = Field(None, gt=0, description="an update ends early once a pass exceeds this KL")
     reward_scale: float = Field(0.01, gt=0, description="rewards are multiplied by this before learning")
@@ -130,10 +136,36 @@ class Config(Section):
             raise PydanticCustomError(
                 "num_minibatches", f"ppo.num_minibatches={parts} must divide env.num_envs * ppo.num_steps = {batch}; "
                 f"nearest: {', '.join(map(str, sorted(nearest)))}")
+        if self.ppo.num_steps % self.ppo.segment_length or batch // parts % self.ppo.segment_length:
+            raise PydanticCustomError(
+                "segment_length", f"ppo.segment_length={self.ppo.segment_length} must divide ppo.num_steps="
+                f"{self.ppo.num_steps} and the minibatch of {batch // parts} decisions")
         if batch // parts < 2 and self.ppo.normalize_advantages:
             raise PydanticCustomError(
                 "num_minibatches", f"ppo.num_minibatches={parts} leaves minibatches of one decision, whose advantages "
                 f"cannot be normalised; at most {batch // 2}")
+        return self
+
+    @model_validator(mode="after")
+    def _fit_for_the_eye(self):
+        glimpse, height = getattr(self.model, "glimpse", 0), VIEWPORT[0] // self.env.shrink_factor
+        if not glimpse:
+            return self
+        if not self.env.color or self.env.frame_stack < 2:
+            raise PydanticCustomError(
+                "glimpse", f"model.glimpse={glimpse} finds what moves by its colour, so it needs env.color=true and "
+                "env.frame_stack of 2 or more; model.glimpse=0 model.mirror=false sees the whole picture instead")
+        if not 16 <= glimpse <= height:
+            raise PydanticCustomError(
+                "glimpse", f"model.glimpse={glimpse} must be 0 or between 16 and {height}, the height of the frames "
+                f"(400 / env.shrink_factor={self.env.shrink_factor})")
+        return self
+
+    @model_validator(mode="after")
+    def _mirror_needs_the_eye(self):
+        if getattr(self.model, "mirror", False) and not self.model.glimpse:
+            raise PydanticCustomError(
+                "mirror", "model.mirror=true needs model.glimpse, which tells left from right; set model.mirror=false")
         return self
 
     def flat(self):
@@ -144,7 +176,7 @@ class Config(Section):
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 without its traps: 3e-4 is a number, a key given twice is an error, yes/no/on/off and 010 stay text."""
 
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers: ClassVar = {
         key: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":int", ":float", ":timestamp"))]
         for key, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -217,7 +249,7 @@ def check_config(tree, source="config"):
     except ValidationError as errors:
         error = errors.errors()[0]
     location = list(error["loc"])
-    if not location or error["type"] in ("num_minibatches", "num_envs", "model"):
+    if not location or error["type"] in CROSS_CHECKS:
         raise ConfigError(f"{source}: {error['msg']}")
     # An error inside a policy's Options is raised while `model` is read, and names only the key.
     key = ".".join(map(str, location))

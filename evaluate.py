@@ -57,7 +57,7 @@ def play(policy, env_config, seeds, sample_seed=None, lander_class=Lander, on_st
     while playing:
         frames = torch.from_numpy(np.stack([frames for _, _, frames, _ in playing])).to(device)
         with torch.autocast(device.type, autocast_dtype or torch.bfloat16, enabled=autocast_dtype is not None):
-            logits, _ = policy(policy.look(frames))
+            logits, _ = policy(*policy.see(frames))
         probabilities = logits.double().softmax(-1).cpu().numpy()
         batch, playing = playing, []
         for (lander, index, _, rng), p in zip(batch, probabilities):

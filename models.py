@@ -1,19 +1,31 @@
 """Policies: frames in, (logits, value) out.
 
-    policy = make_policy(options, planes=12, height=100, width=150, color=True)
-    observation = policy.look(frames)           # frames uint8 (B, K, H, W) -> dict of tensors (B, ...)
-    logits, value = policy(observation)         # float32 (B, num_actions), (B,)
+    policy = make_policy(options, stack=4, planes=3, height=100, width=150)
+    seen, stacks = policy.see(frames)           # frames uint8 (B, stack * planes, H, W)
+    logits, value = policy(seen, stacks)        # float32 (B, num_actions), (B,)
 
-`look` is the part of a policy that does not learn from rewards. It runs once per decision, when frames are collected,
-and its result is what a rollout stores; `forward` is what the update differentiates. To add a policy, write a class
-with Options, `look` and `forward`, and name it in POLICIES at the end.
+Each frame is looked at once, when it is collected: `look` is the part of a policy that learns nothing from rewards, and
+its result, a dict of tensors with one row per frame, is what a rollout stores. `stacks`, int64 (B, stack), says which
+rows each decision saw, oldest first, so that a frame shared by neighbouring decisions is stored, and by the policies
+below that encode frames one by one also encoded, once. `forward` is what the update differentiates.
+
+To add a policy, subclass Policy, or Temporal, and name it in POLICIES at the end.
 """
 
+from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import nn
+from torch.nn import functional as F
+
+MIRRORED_ACTIONS = [0, 3, 2, 1]  # nothing, right engine, main engine, left engine
+STAGES = ("layer1", "layer2", "layer3", "layer4")  # of a ResNet
+
+
+class WeightsError(Exception):
+    """Pretrained weights that cannot be had; one line."""
 
 
 def orthogonal(layer, gain=2**0.5):
@@ -41,7 +53,7 @@ class Glimpse(nn.Module):
         """Fisher's linear discriminant (1936) between pixels that changed and all pixels.
 
         before, after: uint8 (B, 3, H, W), frames a moment apart. A pixel changed if any of its colours moved by more
-        than `threshold` of their range.
+        than `threshold` of their range. Raises ValueError if none did.
         """
         before, after = before.float() / 255, after.float() / 255
         moved = (after - before).abs().amax(1).flatten() > threshold  # (B * H * W,)
@@ -65,73 +77,384 @@ class Glimpse(nn.Module):
     def forward(self, frames):
         """frames uint8 (B, 3, H, W) -> crops uint8 (B, 3, size, size), positions float32 (B, 2), x and y in -1..1."""
         b, _, height, width = frames.shape
-        # Every stride-th pixel is enough to find the spot; within the cut-out the position is then measured finely.
-        center = self.centroid(frames[:, :, :: self.stride, :: self.stride].float() / 255) * self.stride
-        limit = torch.tensor([width - self.size, height - self.size], device=frames.device)
-        corner = (center - self.size / 2).round().long().clamp(min=torch.zeros_like(limit), max=limit)  # (B, 2)
-        span = torch.arange(self.size, device=frames.device)
-        columns, rows = corner[:, :1] + span, corner[:, 1:] + span  # (B, size)
-        index = rows[:, :, None] * width + columns[:, None, :]  # (B, size, size)
-        crops = frames.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, 3, -1)).view(b, 3, *index.shape[1:])
-        position = corner + self.centroid(crops.float() / 255)
-        return crops, position / torch.tensor([(width - 1) / 2, (height - 1) / 2], device=frames.device) - 1
+        with torch.autocast(frames.device.type, enabled=False):  # positions are finer than bfloat16 can tell
+            # Every stride-th pixel is enough to find the spot; the position is then measured within the cut-out.
+            center = self.centroid(frames[:, :, :: self.stride, :: self.stride].float() / 255) * self.stride
+            limit = torch.tensor([width - self.size, height - self.size], device=frames.device)
+            corner = (center - self.size / 2).round().long().clamp(min=torch.zeros_like(limit), max=limit)  # (B, 2)
+            span = torch.arange(self.size, device=frames.device)
+            columns, rows = corner[:, :1] + span, corner[:, 1:] + span  # (B, size)
+            index = rows[:, :, None] * width + columns[:, None, :]  # (B, size, size)
+            crops = frames.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, 3, -1))
+            crops = crops.view(b, 3, self.size, self.size)
+            position = corner + self.centroid(crops.float() / 255)
+            return crops, position / torch.tensor([(width - 1) / 2, (height - 1) / 2], device=frames.device) - 1
 
 
-class CNN(nn.Module):
-    """Three convolutions over the stacked glimpses, and where the glimpses were; one hidden layer for both heads."""
+class Policy(nn.Module):
+    """What all policies share: the eye, the mirror, and the two heads on one hidden layer."""
 
     class Options(BaseModel):
         model_config = ConfigDict(extra="forbid", frozen=True)
-        name: Literal["cnn"] = Field("cnn", description="which policy: a name in POLICIES")
-        glimpse: int = Field(32, ge=16, le=100, description="side in pixels of the picture cut out around what moves")
+        name: str = Field(description="which policy: a name in POLICIES")
+        glimpse: int = Field(32, ge=0, description="side in pixels of the picture cut out around what moves; 0: all of it")
         mirror: bool = Field(True, description="treat a lander on the left as one on the right seen in a mirror")
-        features: int = Field(256, ge=1, description="units of each hidden layer")
+        features: int = Field(256, ge=1, description="units of the hidden layer before the two heads")
 
-    def __init__(self, options, planes, height, width, color, num_actions=4):
+    def __init__(self, options, stack, planes, height, width, num_actions=4):
         super().__init__()
-        self.stack, features = planes // 3, options.features
-        self.mirror = options.mirror
-        self.eye = Glimpse(options.glimpse)
-        self.convs = nn.Sequential(
-            orthogonal(nn.Conv2d(planes, 32, 4, stride=2)), nn.ReLU(),
-            orthogonal(nn.Conv2d(32, 64, 3, stride=2)), nn.ReLU(),
-            orthogonal(nn.Conv2d(64, 64, 3)), nn.ReLU(), nn.Flatten())
-        flat = self.convs(torch.zeros(1, planes, options.glimpse, options.glimpse)).shape[1]
-        self.what = nn.Sequential(orthogonal(nn.Linear(flat, features)), nn.ReLU())
-        self.hidden = nn.Sequential(orthogonal(nn.Linear(features + 2 * self.stack, features)), nn.Tanh())
-        self.actor = orthogonal(nn.Linear(features, num_actions), 0.01)
+        self.options, self.stack, self.planes, self.num_actions = options, stack, planes, num_actions
+        self.eye = Glimpse(options.glimpse) if options.glimpse else None
+        self.picture_size = (options.glimpse, options.glimpse) if options.glimpse else (height, width)
+
+    def make_heads(self, inputs):
+        features = self.options.features
+        self.hidden = nn.Sequential(orthogonal(nn.Linear(inputs, features)), nn.Tanh())
+        self.actor = orthogonal(nn.Linear(features, self.num_actions), 0.01)
         self.critic = orthogonal(nn.Linear(features, 1), 1.0)
 
+    def load_pretrained(self):
+        """Read what training shall start from, once, before it starts; WeightsError if it cannot be had."""
+
     def calibrate(self, frames):
-        frames = frames.unflatten(1, (self.stack, 3))  # (B, S, 3, H, W)
-        self.eye.calibrate(frames[:, -2], frames[:, -1])
+        """Learn what can be learned from frames alone. frames: uint8 (B, K, H, W), of any play."""
+        if self.eye:
+            frames = frames.unflatten(1, (self.stack, self.planes))
+            self.eye.calibrate(frames[:, -2], frames[:, -1])
 
+    def parameter_groups(self):
+        """Groups for the optimizer; lr_scale multiplies the learning rate."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "lr_scale": 1.0}]
+
+    @torch.no_grad()
     def look(self, frames):
-        """frames uint8 (B, 3 S, H, W) -> {"crops": uint8 (B, 3 S, size, size), "positions": float32 (B, S, 2)}."""
-        crops, positions = self.eye(frames.unflatten(1, (self.stack, 3)).flatten(0, 1))
-        crops = crops.view(len(frames), -1, *crops.shape[2:])
-        positions = positions.view(-1, self.stack, 2)
-        mirrored = positions[:, -1, 0] < 0
-        if self.mirror:
-            crops = torch.where(mirrored[:, None, None, None], crops.flip(3), crops)
-            positions = torch.where(mirrored[:, None, None], positions * torch.tensor([-1.0, 1.0]), positions)
-        return {"crops": crops, "positions": positions, "mirrored": mirrored}
+        """Single frames, uint8 (B, planes, H, W) -> {"pictures": uint8 (B, planes, h, w), "positions": (B, 2)}."""
+        if self.eye is None:
+            return {"pictures": frames, "positions": torch.zeros(len(frames), 2, device=frames.device)}
+        pictures, positions = self.eye(frames)
+        return {"pictures": pictures, "positions": positions}
 
-    def forward(self, observation):
-        what = self.what(self.convs(observation["crops"].float() / 255 - 0.25)).float()
-        positions = observation["positions"]
-        # Scaled to about unit deviation: a decision moves the lander by a hundredth of the picture.
-        where = torch.cat([3 * positions[:, -1], 60 * positions.diff(dim=1).flatten(1)], 1)  # (B, 2 S)
-        with torch.autocast(what.device.type, enabled=False):
-            hidden = self.hidden(torch.cat([what, where], 1))
+    def see(self, frames):
+        """Stacks of frames, uint8 (B, K, H, W), each by itself -> (seen, stacks) for `forward`."""
+        seen = self.look(frames.unflatten(1, (self.stack, self.planes)).flatten(0, 1))
+        return seen, torch.arange(len(frames) * self.stack, device=frames.device).view(-1, self.stack)
+
+    def mirrored(self, seen, stacks):
+        """bool (B,): whether this decision is seen in the mirror, because the newest glimpse is left of the middle."""
+        return (seen["positions"][stacks[:, -1], 0] < 0) & self.options.mirror
+
+    def places(self, seen, stacks, mirrored):
+        """Where the glimpses were and how they moved, float32 (B, S, 4): x, y, and their change since the frame before.
+
+        Scaled to about unit deviation: one decision moves the lander by a hundredth of the picture.
+        """
+        positions = seen["positions"][stacks]
+        x = torch.where(mirrored[:, None], -positions[..., 0], positions[..., 0])
+        positions = torch.stack([x, positions[..., 1]], -1)
+        return torch.cat([3 * positions, 60 * F.pad(positions.diff(dim=1), (0, 0, 1, 0))], -1)
+
+    def decide(self, inputs, mirrored):
+        """inputs (B, I) -> logits (B, A), value (B,); in float32, since probabilities are exponentials."""
+        with torch.autocast(inputs.device.type, enabled=False):
+            hidden = self.hidden(inputs.float())
             logits = self.actor(hidden)
-            if self.mirror:
-                logits = torch.where(observation["mirrored"][:, None], logits[:, [0, 3, 2, 1]], logits)
+            if self.options.mirror:
+                logits = torch.where(mirrored[:, None], logits[:, MIRRORED_ACTIONS], logits)
             return logits, self.critic(hidden)[:, 0]
 
 
-POLICIES = {"cnn": CNN}
+class CNN(Policy):
+    """Three convolutions over the stacked pictures, and where they were cut out; one hidden layer for both heads."""
+
+    class Options(Policy.Options):
+        name: Literal["cnn"] = Field("cnn", description="which policy: a name in POLICIES")
+
+    def __init__(self, options, stack, planes, height, width, num_actions=4):
+        super().__init__(options, stack, planes, height, width, num_actions)
+        self.convs = nn.Sequential(
+            orthogonal(nn.Conv2d(stack * planes, 32, 4, stride=2)), nn.ReLU(),
+            orthogonal(nn.Conv2d(32, 64, 3, stride=2)), nn.ReLU(),
+            orthogonal(nn.Conv2d(64, 64, 3)), nn.ReLU(), nn.Flatten())
+        flat = self.convs(torch.zeros(1, stack * planes, *self.picture_size)).shape[1]
+        self.what = nn.Sequential(orthogonal(nn.Linear(flat, options.features)), nn.ReLU())
+        self.make_heads(options.features + 2 * stack)
+
+    def forward(self, seen, stacks):
+        mirrored = self.mirrored(seen, stacks)
+        pictures = seen["pictures"][stacks].flatten(1, 2)  # (B, S * planes, h, w)
+        pictures = torch.where(mirrored[:, None, None, None], pictures.flip(3), pictures)
+        pictures = (pictures.float() / 255 - 0.25).contiguous(memory_format=torch.channels_last)  # faster convolutions
+        what = self.what(self.convs(pictures)).float()
+        places = self.places(seen, stacks, mirrored)
+        where = torch.cat([places[:, -1, :2], places[:, 1:, 2:].flatten(1)], 1)  # (B, 2 S): newest place, all changes
+        return self.decide(torch.cat([what, where], 1), mirrored)
 
 
-def make_policy(options, planes, height, width, color):
-    return POLICIES[options.name](options, planes, height, width, color)
+def transformer(width, heads, layers, residual_gain=0.1):
+    """A pre-norm Transformer encoder, (B, L, width) -> same, that starts near the identity.
+
+    Small weights where each residual branch ends keep the first PPO updates from tearing what is not yet learned
+    (Parisotto et al. 2020, arXiv:1910.06764, start their gated Transformer near the identity for the same reason).
+    """
+    layer = nn.TransformerEncoderLayer(
+        width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+    encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
+    for block in encoder.layers:  # copies of one layer, so drawn again
+        nn.init.xavier_uniform_(block.self_attn.in_proj_weight)
+        nn.init.xavier_uniform_(block.linear1.weight)
+        nn.init.xavier_uniform_(block.self_attn.out_proj.weight, residual_gain)
+        nn.init.xavier_uniform_(block.linear2.weight, residual_gain)
+    return encoder
+
+
+class Temporal(Policy):
+    """An encoder for each frame's picture, a Transformer encoder over the frames, heads that read the newest step.
+
+    Subclasses make `self.encoder`: float (B, 3, h, w), pixels in 0..1 -> (B, width). It sees every picture once: while
+    collecting, embeddings are remembered beside the frames; in the update, frames shared by the stacks of a minibatch
+    are encoded once for all of them.
+    """
+
+    class Options(Policy.Options):
+        width: int = Field(128, ge=1, description="size of a step's embedding; a multiple of heads")
+        layers: int = Field(2, ge=1, description="Transformer layers over time")
+        heads: int = Field(4, ge=1, description="attention heads")
+
+        @field_validator("heads")
+        @classmethod
+        def _divides(cls, value, info):
+            width = info.data.get("width", value)
+            if width % value:
+                raise ValueError(f"must divide width={width}")
+            return value
+
+    def __init__(self, options, stack, planes, height, width, num_actions=4):
+        super().__init__(options, stack, planes, height, width, num_actions)
+        self.place = nn.Linear(4, options.width)
+        self.time = nn.Parameter(0.02 * torch.randn(stack, options.width))  # learned time positions
+        self.over_time = transformer(options.width, options.heads, options.layers)
+        self.make_heads(options.width)
+
+    def look(self, frames):
+        """As Policy.look, and empty places for embeddings: one as seen, one as seen in the mirror."""
+        blank = torch.zeros(len(frames), 2, self.options.width, device=frames.device)
+        return super().look(frames) | {"embeddings": blank, "embedded": blank[..., 0] > 0}
+
+    def pictures(self, seen, views):
+        """What the encoder reads. views int64 (V,): 2 * row, + 1 in the mirror -> float (V, 3, h, w) in 0..1."""
+        pictures = seen["pictures"][views // 2]
+        pictures = torch.where((views % 2 == 1)[:, None, None, None], pictures.flip(3), pictures)
+        pictures = pictures.expand(-1, 3, -1, -1).float() / 255  # gray becomes three equal planes
+        return pictures.contiguous(memory_format=torch.channels_last)  # faster convolutions
+
+    def embed(self, seen, views):
+        """views int64 (B, S) -> embeddings (B, S, width)."""
+        if self.training:
+            unique, where = views.unique(return_inverse=True)
+            return self.encoder(self.pictures(seen, unique))[where]
+        embeddings, embedded = seen["embeddings"].flatten(0, 1), seen["embedded"].flatten()  # writable views
+        new = views[~embedded[views]].unique()
+        if len(new):
+            embeddings[new] = self.encoder(self.pictures(seen, new)).float()
+            embedded[new] = True
+        return embeddings[views]
+
+    def forward(self, seen, stacks):
+        mirrored = self.mirrored(seen, stacks)
+        steps = self.embed(seen, 2 * stacks + mirrored[:, None])
+        steps = steps + self.place(self.places(seen, stacks, mirrored)) + self.time  # (B, S, width)
+        return self.decide(self.over_time(steps)[:, -1], mirrored)
+
+
+class TemporalResNet(Temporal):
+    """A ResNet (He et al. 2016, arXiv:1512.03385) per frame, cut after one of its stages, and attention over time.
+
+    The last stage's map is flattened, not averaged: a lander's tilt is a matter of where things are. Batch
+    normalisation always uses fixed statistics, those of the pretrained weights or, without, of the first frames of
+    random play, so that collecting and updating see the same function.
+    """
+
+    class Options(Temporal.Options):
+        name: Literal["temporal_resnet"] = Field("temporal_resnet", description="which policy: a name in POLICIES")
+        resnet: str = Field("resnet18", description="any of torchvision's ResNets by name")
+        weights: str = Field("none", description="torchvision's name of weights (IMAGENET1K_V1), a file of them, or none")
+        depth: Literal[STAGES] = Field("layer1", description="the last stage that is used")
+        frozen: Literal[("none", "stem", *STAGES)] = Field("none", description="the last part that never learns")
+        enlarge: int = Field(1, ge=1, le=8, description="pictures are enlarged by this before the ResNet")
+        encoder_learning_rate: float = Field(1.0, gt=0, le=10, description="the ResNet's learning rate, times that of ppo")
+
+        @field_validator("resnet")
+        @classmethod
+        def _exists(cls, value):
+            from torchvision.models import list_models
+
+            names = list_models(include=["resnet*", "resnext*", "wide_resnet*"])
+            names = [name for name in names if name in list_models(module=_resnet_module())]
+            if value not in names:
+                raise ValueError(f"must be one of {', '.join(names)}")
+            return value
+
+        @field_validator("frozen")
+        @classmethod
+        def _not_beyond_depth(cls, value, info):
+            depth = info.data.get("depth", STAGES[-1])
+            if value in STAGES and value > depth:
+                raise ValueError(f"must not lie beyond depth={depth}")
+            return value
+
+    def __init__(self, options, stack, planes, height, width, num_actions=4):
+        super().__init__(options, stack, planes, height, width, num_actions)
+        from torchvision.models import get_model
+
+        whole = get_model(options.resnet, weights=None, zero_init_residual=True)
+        parts = {"stem": nn.Sequential(whole.conv1, whole.bn1, whole.relu, whole.maxpool)}
+        parts |= {stage: getattr(whole, stage) for stage in STAGES[: STAGES.index(options.depth) + 1]}
+        self.resnet = nn.ModuleDict(parts)
+        learned_from = 0 if options.frozen == "none" else list(parts).index(options.frozen) + 1
+        self.frozen, self.learning = list(parts)[:learned_from], list(parts)[learned_from:]
+        for name in self.frozen:
+            self.resnet[name].requires_grad_(False)
+        # Normalisation of torchvision's ImageNet weights; without weights it does no harm.
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+        self.eval()
+        with torch.no_grad():
+            maps = self.run(parts, self.prepare(torch.zeros(1, 3, *self.picture_size)))
+        self.project = nn.Linear(maps[0].numel(), options.width)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.resnet.eval()
+        return self
+
+    def prepare(self, pictures):
+        if self.options.enlarge > 1:
+            pictures = F.interpolate(pictures, scale_factor=self.options.enlarge, mode="bilinear")
+        return (pictures - self.mean) / self.std
+
+    def run(self, names, maps):
+        for name in names:
+            maps = self.resnet[name](maps)
+        return maps
+
+    def encoder(self, maps):
+        return self.project(self.run(self.learning, maps).flatten(1))
+
+    def load_pretrained(self):
+        options = self.options
+        if options.weights == "none":
+            return
+        from torchvision.models import get_model_weights
+
+        if Path(options.weights).is_file():
+            source = options.weights
+            try:
+                state = torch.load(source, map_location="cpu", weights_only=True)
+            except Exception as error:
+                raise WeightsError(f"model.weights={source}: {str(error).splitlines()[0]}") from None
+        else:
+            known = get_model_weights(options.resnet)
+            if options.weights not in known.__members__:
+                raise WeightsError(
+                    f"model.weights={options.weights}: neither a file nor one of none, {', '.join(known.__members__)}")
+            source = known[options.weights].url
+            try:
+                state = known[options.weights].get_state_dict(progress=False, check_hash=True)
+            except OSError as error:
+                raise WeightsError(
+                    f"model.weights={options.weights}: {source} cannot be had ({error}); download it elsewhere and give "
+                    "the file as model.weights=FILE, or train without: model.weights=none") from None
+        wanted = {"conv1": "stem.0", "bn1": "stem.1"}  # torchvision's names -> ours
+        renamed = {}
+        for key, tensor in state.items() if isinstance(state, dict) else ():
+            first, _, rest = key.partition(".")
+            renamed[f"{wanted.get(first, first)}.{rest}"] = tensor
+        ours = self.resnet.state_dict()
+        unfit = [key for key, tensor in ours.items() if key not in renamed or renamed[key].shape != tensor.shape]
+        if unfit:
+            raise WeightsError(f"model.weights={source}: not weights of {options.resnet} ({unfit[0]} is missing or differs)")
+        self.resnet.load_state_dict({key: renamed[key] for key in ours})
+
+    @torch.no_grad()
+    def calibrate(self, frames):
+        super().calibrate(frames)
+        if self.options.weights != "none":
+            return
+        norms = [module for module in self.resnet.modules() if isinstance(module, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain average
+            norm.train()
+        seen = Policy.look(self, frames[:, -self.planes :])
+        pictures = super().pictures(seen, 2 * torch.arange(len(frames), device=frames.device))
+        for part in self.prepare(pictures).split(256):
+            self.run(self.resnet, part)
+        self.resnet.eval()
+
+    def look(self, frames):
+        """With a frozen part, its maps of the picture and of its mirror image stand in the picture's place."""
+        seen = super().look(frames)
+        if self.frozen:
+            views = torch.arange(2 * len(frames), device=frames.device)
+            maps = self.run(self.frozen, self.prepare(super().pictures(seen, views)))
+            seen["pictures"] = maps.unflatten(0, (-1, 2))  # (B, 2, c, h, w)
+        return seen
+
+    def pictures(self, seen, views):
+        if self.frozen:
+            return seen["pictures"].flatten(0, 1)[views]
+        return self.prepare(super().pictures(seen, views))
+
+    def parameter_groups(self):
+        encoder = [p for p in self.resnet.parameters() if p.requires_grad]
+        inside = {id(p) for p in self.resnet.parameters()}
+        others = [p for p in self.parameters() if p.requires_grad and id(p) not in inside]
+        groups = [{"params": others, "lr_scale": 1.0}]
+        return groups + [{"params": encoder, "lr_scale": self.options.encoder_learning_rate}] * bool(encoder)
+
+
+def _resnet_module():
+    from torchvision.models import resnet
+
+    return resnet
+
+
+class Transformer(Temporal):
+    """Attention over space, among the patches of each picture, then over time, among the frames: factored attention.
+
+    (Arnab et al. 2021, "ViViT", arXiv:2103.15691, model 2.) A light convolutional stem makes the patches.
+    """
+
+    class Options(Temporal.Options):
+        name: Literal["transformer"] = Field("transformer", description="which policy: a name in POLICIES")
+        patch: Literal[4, 8, 16] = Field(8, description="side in pixels of the square that makes one token")
+        spatial_layers: int = Field(2, ge=1, description="Transformer layers over a picture's patches")
+        spatial_width: int = Field(64, ge=1, description="size of a patch's token; a multiple of heads")
+
+    def __init__(self, options, stack, planes, height, width, num_actions=4):
+        super().__init__(options, stack, planes, height, width, num_actions)
+        tokens = (-(-self.picture_size[0] // options.patch)) * (-(-self.picture_size[1] // options.patch))
+        size = options.spatial_width
+        channels, layers = 3, []
+        for _ in range(options.patch.bit_length() - 2):  # halve until patches are 2 x 2
+            layers += [nn.Conv2d(channels, size // 2, 4, stride=2, padding=1), nn.GELU()]
+            channels = size // 2
+        self.stem = nn.Sequential(*layers, nn.Conv2d(channels, size, 2, stride=2))
+        self.space = nn.Parameter(0.02 * torch.randn(tokens, size))  # learned places of the patches
+        self.over_space = transformer(size, options.heads, options.spatial_layers)
+        self.project = nn.Linear(tokens * size, options.width)  # flattened, so that places stay apart
+
+    def encoder(self, pictures):
+        height, width = self.picture_size
+        patch = self.options.patch
+        pictures = F.pad(pictures - 0.25, (0, -width % patch, 0, -height % patch))
+        tokens = self.stem(pictures).flatten(2).transpose(1, 2) + self.space  # (V, tokens, spatial_width)
+        return self.project(self.over_space(tokens).flatten(1))
+
+
+POLICIES = {"cnn": CNN, "temporal_resnet": TemporalResNet, "transformer": Transformer}
+
+
+def make_policy(options, stack, planes, height, width):
+    """The untrained policy of `options` for stacks of `stack` frames, each uint8 (planes, height, width)."""
+    return POLICIES[options.name](options, stack, planes, height, width)

@@ -26,7 +26,15 @@ import torch
 from torch import nn
 
 from checkpoint import (
-    POLICY_FILE, CheckpointError, build_policy, load_checkpoint, load_policy, newest_run, save_checkpoint, save_policy)
+    POLICY_FILE,
+    CheckpointError,
+    build_policy,
+    load_checkpoint,
+    load_policy,
+    newest_run,
+    save_checkpoint,
+    save_policy,
+)
 from config import ConfigError, apply_overrides, check_config, load_config, save_config
 from envs import NUM_ACTIONS, OUTCOMES, SELECTION_SEED, make_vector_env
 from evaluate import evaluate, play, print_report
@@ -37,7 +45,8 @@ from tracking import Metrics, Progress, Tracker, TrackingError
 class Rollout:
     """num_steps decisions of N landers. Row t: what was seen, done and received at decision t."""
 
-    observations: dict  # of tensors (T, N, ...): what the policy's `look` made of the frames
+    seen: dict  # of tensors (stack + T, N, ...): what the policy's `look` made of each frame; the first rows are history
+    stacks: torch.Tensor  # int64 (T + 1, N, stack): frames of each decision, oldest first, as rows of `seen` flattened
     actions: torch.Tensor  # int64 (T, N)
     log_probs: torch.Tensor  # float32 (T, N), log pi(action | frames) when the action was drawn
     values: torch.Tensor  # float32 (T, N)
@@ -48,17 +57,22 @@ class Rollout:
     next_value: torch.Tensor  # float32 (N,): value of the frames after the last decision
 
     @classmethod
-    def empty(cls, num_steps, num_envs, observation):
-        """Room for num_steps decisions of num_envs landers; `observation` is an example, its tensors (B, ...)."""
-        device = next(iter(observation.values())).device
+    def empty(cls, num_steps, num_envs, stack, seen):
+        """Room for num_steps decisions of num_envs landers; `seen` is an example of looked-at frames, (B, ...)."""
+        device = next(iter(seen.values())).device
 
-        def make(dtype, shape=()):
-            return torch.zeros(num_steps, num_envs, *shape, dtype=dtype, device=device)
+        def make(dtype, *shape, rows=num_steps):
+            return torch.zeros(rows, num_envs, *shape, dtype=dtype, device=device)
 
         return cls(
-            {key: make(tensor.dtype, tensor.shape[1:]) for key, tensor in observation.items()},
+            {key: make(tensor.dtype, *tensor.shape[1:], rows=stack + num_steps) for key, tensor in seen.items()},
+            make(torch.int64, stack, rows=num_steps + 1),
             make(torch.int64), make(torch.float32), make(torch.float32), make(torch.float32),
             make(torch.bool), make(torch.bool), make(torch.float32), torch.zeros(num_envs, device=device))
+
+    def flat_seen(self):
+        """The frames as one batch, (rows * N, ...), which `stacks` counts in; views, not copies."""
+        return {key: tensor.flatten(0, 1) for key, tensor in self.seen.items()}
 
 
 @torch.no_grad()
@@ -69,14 +83,28 @@ def collect(envs, policy, rollout, frames, reward_scale, autocast):
     the episodes that ended (lists of return, length, outcome) and the physics steps done.
     """
     policy.eval()
-    num_envs, device = len(frames), rollout.values.device
+    num_envs, device, stack = len(frames), rollout.values.device, rollout.stacks.shape[2]
     episodes, env_frames = [], 0
-    for t in range(len(rollout.actions)):
-        observation = policy.look(frames.to(device))
-        for key, tensor in observation.items():
-            rollout.observations[key][t] = tensor
+    seen = rollout.flat_seen()
+    back = torch.arange(stack - 1, -1, -1, device=device)  # how long ago each frame of a stack was
+    age = torch.full((num_envs, 1), stack, device=device)  # decisions since the first frame of the episode
+    lander = torch.arange(num_envs, device=device)[:, None]
+
+    def look(row, frame):
         with autocast:
-            logits, value = policy(observation)
+            for key, tensor in policy.look(frame.to(device, non_blocking=True)).items():
+                rollout.seen[key][row] = tensor
+
+    def decide(t):
+        # An episode's first frame stands in for those before it.
+        rollout.stacks[t] = (stack - 1 + t - torch.minimum(back, age)) * num_envs + lander
+        with autocast:
+            return policy(seen, rollout.stacks[t])
+
+    for row, frame in enumerate(frames.chunk(stack, dim=1)):
+        look(row, frame)
+    for t in range(len(rollout.actions)):
+        logits, value = decide(t)
         log_probs = logits.log_softmax(-1)
         action = torch.multinomial(log_probs.exp(), 1)  # (N, 1)
         rollout.actions[t] = action[:, 0]
@@ -86,21 +114,22 @@ def collect(envs, policy, rollout, frames, reward_scale, autocast):
         batch = envs.step(action.view(envs.num_envs, -1).cpu().numpy())
         observations, rewards, terminated, truncated, info = batch
         frames = torch.from_numpy(observations.reshape(frames.shape))
+        look(stack + t, frames.chunk(stack, dim=1)[-1])
         rollout.rewards[t] = torch.from_numpy(rewards.reshape(num_envs)).to(rollout.rewards) * reward_scale
         rollout.terminated[t] = torch.from_numpy(terminated.reshape(num_envs))
         rollout.truncated[t] = torch.from_numpy(truncated.reshape(num_envs))
+        age = torch.where((rollout.terminated[t] | rollout.truncated[t])[:, None], 0, age + 1)
         env_frames += int(info["env_frames"].sum())
         rollout.final_values[t] = 0
         if truncated.any():
             ended = rollout.truncated[t]
             final_frames = torch.from_numpy(info["final_frames"].reshape(frames.shape)).to(device)
             with autocast:
-                rollout.final_values[t, ended] = policy(policy.look(final_frames[ended]))[1]
+                rollout.final_values[t, ended] = policy(*policy.see(final_frames[ended]))[1]
         if "episode_return" in info:
             for i in np.flatnonzero(terminated | truncated):
                 episodes.append(tuple(info[f"episode_{key}"].flat[i] for key in ("return", "length", "outcome")))
-    with autocast:
-        rollout.next_value.copy_(policy(policy.look(frames.to(device)))[1])
+    rollout.next_value.copy_(decide(len(rollout.actions))[1])
     return frames, {"episodes": episodes, "env_frames": env_frames}
 
 
@@ -171,15 +200,18 @@ def update(policy, optimizer, rollout, advantages, returns, ppo, entropy_coef, a
         "actions": rollout.actions, "log_probs": rollout.log_probs, "values": rollout.values,
         "advantages": advantages, "returns": returns}
     flat = {key: tensor.flatten() for key, tensor in flat.items()}  # (T * N,)
-    observations = {key: tensor.flatten(0, 1) for key, tensor in rollout.observations.items()}  # (T * N, ...)
+    seen, stacks = rollout.flat_seen(), rollout.stacks[:-1].flatten(0, 1)  # (T * N, S)
+    # Decisions are shuffled in segments of one lander's successive ones, which share most of their frames.
+    decisions = torch.arange(advantages.numel(), device=advantages.device).view(-1, ppo.segment_length, advantages.shape[1])
+    segments = decisions.transpose(1, 2).reshape(-1, ppo.segment_length)
     parameters = [p for p in policy.parameters() if p.requires_grad]
     sums, count = {}, 0
     for _ in range(ppo.update_epochs):
-        epoch_kl, order = 0.0, torch.randperm(advantages.numel(), generator=generator).to(advantages.device)
-        for indices in order.chunk(ppo.num_minibatches):
+        epoch_kl, order = 0.0, torch.randperm(len(segments), generator=generator).to(advantages.device)
+        for indices in segments[order].flatten().chunk(ppo.num_minibatches):
             batch = {key: tensor[indices] for key, tensor in flat.items()}
             with autocast:
-                logits, value = policy({key: tensor[indices] for key, tensor in observations.items()})
+                logits, value = policy(seen, stacks[indices])
             loss, metrics = ppo_loss(logits, value, batch, ppo, entropy_coef)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -198,14 +230,26 @@ def update(policy, optimizer, rollout, advantages, returns, ppo, entropy_coef, a
 
 
 def schedule(ppo, env_frames, late):
-    """Learning rate and entropy bonus at this point: linear annealing, and the late stage once the mean return is high.
+    """Learning rate and entropy bonus now: linear warm-up and annealing, and the late stage once the return is high.
 
     The late stage is the write-up's rule: an agent that lands needs smaller steps and less exploration to land well.
     """
     left = max(1 - env_frames / ppo.total_frames, 0) if ppo.anneal else 1
+    warm = min((env_frames + 1) / ppo.warmup_frames, 1) if ppo.warmup_frames else 1
     return (
-        ppo.learning_rate * left * (ppo.late_learning_rate if late else 1),
+        ppo.learning_rate * left * warm * (ppo.late_learning_rate if late else 1),
         ppo.entropy_coef * (ppo.late_entropy if late else 1))
+
+
+def fast_bf16(device):
+    """Whether bfloat16 is computed in hardware; a CPU without such instructions emulates it many times slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})  # x86, x86, ARM
 
 
 class Interrupted(Exception):
@@ -240,12 +284,16 @@ class Trainer:
         self.config, self.folder, run, env = config, folder, config.run, config.env
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if run.device == "auto" else run.device)
         self.num_threads = run.num_threads or len(os.sched_getaffinity(0))
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=run.bf16)
+        self.autocast = torch.autocast(
+            self.device.type, torch.bfloat16, enabled=fast_bf16(self.device) if run.bf16 is None else run.bf16)
         torch.manual_seed(run.seed)
         self.generator = torch.Generator().manual_seed(run.seed)  # shuffles minibatches
-        self.policy = build_policy(config).to(self.device)
+        self.policy = build_policy(config)
+        if not state:
+            self.policy.load_pretrained()
+        self.policy.to(self.device)
         self.optimizer = torch.optim.Adam(
-            [p for p in self.policy.parameters() if p.requires_grad], lr=config.ppo.learning_rate, eps=config.ppo.adam_eps)
+            self.policy.parameter_groups(), lr=config.ppo.learning_rate, eps=config.ppo.adam_eps)
         self.envs = make_vector_env(seed=run.seed, **env.model_dump())
         self.counters = {"env_frames": 0, "updates": 0, "seconds": 0.0, "late": False, "best": None, "next_evaluation": 0}
         self.recent = deque(maxlen=100)  # (return, length, outcome) of the last episodes
@@ -256,7 +304,10 @@ class Trainer:
             self.frames = self._frames(self.envs.reset()[0])
             self._calibrate()
             self.counters["next_evaluation"] = config.evaluation.interval
-        self.rollout = Rollout.empty(config.ppo.num_steps, env.num_envs, self.policy.look(self.frames.to(self.device)))
+        newest = self.frames.chunk(env.frame_stack, dim=1)[-1].to(self.device)
+        with self.autocast:
+            seen = self.policy.look(newest)
+        self.rollout = Rollout.empty(config.ppo.num_steps, env.num_envs, env.frame_stack, seen)
 
     def _frames(self, observations):
         return torch.from_numpy(np.asarray(observations)).flatten(0, 1)  # (workers, M, K, H, W) -> (N, K, H, W)
@@ -310,7 +361,7 @@ class Trainer:
         ppo, counters, start = self.config.ppo, self.counters, time.perf_counter()
         learning_rate, entropy_coef = schedule(ppo, counters["env_frames"], counters["late"])
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_scale"]
         torch.set_num_threads(1)  # while the workers have the cores
         self.frames, stats = collect(self.envs, self.policy, self.rollout, self.frames, ppo.reward_scale, self.autocast)
         torch.set_num_threads(self.num_threads)

@@ -184,7 +184,7 @@ def test_episodes_never_use_evaluation_seeds():
     for _ in range(500):
         group.reset()
     assert len(set(seeds)) > 990
-    assert 0 <= min(seeds)
+    assert min(seeds) >= 0
     assert max(seeds) < TRAINING_SEEDS < 1_000_000
 
 
