@@ -118,7 +118,8 @@ def load_policy(path):
     try:
         with safe_open(file, framework="pt") as tensors:
             metadata = tensors.metadata() or {}
-            state = {key: tensors.get_tensor(key) for key in tensors.keys()}
+            names = tensors.keys()  # it can be asked for its keys, not iterated over
+            state = {name: tensors.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from None
     if "config" not in metadata:
@@ -150,4 +151,6 @@ def _digest(tensors):
 
 def _alternatives(path):
     there = sorted(str(run) for root in ("runs", "results") for run in Path(root).glob("*/") if run != path)
-    return f"; there are {', '.join(there)}" if there else "; train one first: python train.py --config configs/cnn.yaml"
+    if not there:
+        return "; train one first: python train.py --config configs/cnn.yaml"
+    return f"; there are {', '.join(there)}"

@@ -22,7 +22,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 
 
-CROSS_CHECKS = ("num_envs", "num_minibatches", "segment_length", "glimpse", "mirror", "model")  # messages name their keys
+CROSS_CHECKS = ("num_envs", "num_minibatches", "segment_length", "glimpse", "mirror", "model")  # they name their keys
 
 
 class ConfigError(Exception):
@@ -33,12 +33,20 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_not_one(cls, value, info):
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation not in (bool, bool | None):
+            raise PydanticCustomError("boolean", "must be a number or text, not true or false")
+        return value
+
+
 class Run(Section):
     seed: int = Field(1, ge=0, lt=2**31, description="seeds weights, action sampling, minibatches and landers")
     name: str = Field("", pattern=r"^[\w.-]*$", description="folder under runs/; empty: config file and time of start")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     num_threads: int = Field(0, ge=0, description="CPU threads of the update; 0: one per core")
-    bf16: bool | None = Field(None, description="bfloat16 autocast in the network; null: where the hardware computes it")
+    bf16: bool | None = Field(None, description="bfloat16 autocast in the network; null: where hardware computes it")
 
 
 class Env(Section):
@@ -224,7 +232,7 @@ def load_config(path=None, overrides=()):
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: {error}") from None
         if not isinstance(tree, dict):
-            raise ConfigError(f"{path}: must hold sections such as `ppo:`, not {'nothing' if tree is None else tree!r}")
+            raise ConfigError(f"{path}: must hold sections such as `ppo:`, " + ("but is empty" if tree is None else f"not {tree!r}"))
     return apply_overrides(tree, overrides, str(path) if path else "config")
 
 

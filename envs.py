@@ -119,13 +119,13 @@ class Camera:
         dirty = self._whole_pixels(dirty)
 
         flags = dirty.collidelist(self.flag_rects) >= 0
-        for particle, center in zip(lander.particles, centers):
+        for particle, center in zip(lander.particles, centers, strict=True):
             red = int(max(0.2, 0.15 + particle.ttl) * 255)
             other = int(max(0.2, 0.5 * particle.ttl) * 255)
             pygame.draw.circle(self.canvas, (red, other, other), center, radius)
             if flags:
                 self._draw_flags()
-        for body, outline in zip(lander.drawlist, outlines):
+        for body, outline in zip(lander.drawlist, outlines, strict=True):
             pygame.draw.polygon(self.canvas, body.color1, outline)
             gfxdraw.aapolygon(self.canvas, outline, body.color1)
             pygame.draw.aalines(self.canvas, body.color2, True, outline)
@@ -291,7 +291,8 @@ class LanderGroup(gym.Env):
 
         A Box2D world cannot be stored, but an episode is its seed and its actions: playing them again is bit-exact.
         """
-        return [(g.bit_generator.state, l.seed, list(l.actions)) for g, l in zip(self.generators, self.landers)]
+        pairs = zip(self.generators, self.landers, strict=True)
+        return [(rng.bit_generator.state, lander.seed, list(lander.actions)) for rng, lander in pairs]
 
     @state.setter
     def state(self, state):
@@ -342,7 +343,9 @@ def make_vector_env(num_envs, num_workers, seed=0, frame_skip=4, frame_stack=4, 
     and ending flags are (num_workers, num_envs / num_workers), and which begins new episodes by itself.
     """
     landers = num_envs // num_workers
-    settings = dict(seed=seed, frame_skip=frame_skip, frame_stack=frame_stack, shrink_factor=shrink_factor, color=color)
+    settings = {
+        "seed": seed, "frame_skip": frame_skip, "frame_stack": frame_stack, "shrink_factor": shrink_factor,
+        "color": color}
     groups = [partial(LanderGroup, landers, first_index=w * landers, **settings) for w in range(num_workers)]
     # copy=False: the caller copies each batch into its rollout at once. forkserver: forking a process whose libraries
     # have started threads can hang.

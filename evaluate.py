@@ -10,6 +10,7 @@ Episode i uses seed + i; training never uses seeds from 1,000,000 on. The policy
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from contextlib import ExitStack
@@ -60,7 +61,7 @@ def play(policy, env_config, seeds, sample_seed=None, lander_class=Lander, on_st
             logits, _ = policy(*policy.see(frames))
         probabilities = logits.double().softmax(-1).cpu().numpy()
         batch, playing = playing, []
-        for (lander, index, _, rng), p in zip(batch, probabilities):
+        for (lander, index, _, rng), p in zip(batch, probabilities, strict=True):
             action = int(p.argmax()) if rng is None else int(rng.choice(len(p), p=p / p.sum()))
             frames, _, terminated, truncated = lander.step(action)
             if not (terminated or truncated):
@@ -70,7 +71,7 @@ def play(policy, env_config, seeds, sample_seed=None, lander_class=Lander, on_st
             begin(lander)
             if progress:
                 progress.update()
-    returns, lengths, outcomes = zip(*results)
+    returns, lengths, outcomes = zip(*results, strict=True)
     return np.array(returns), np.array(lengths), np.array(outcomes)
 
 
@@ -172,8 +173,17 @@ class VideoRecorder:
     def _fail(self, error):
         if not self.failure:
             self.failure = error
-            print(f"no videos: the encoder failed ({str(error).splitlines()[0] if str(error) else type(error).__name__});"
-                  " scores are not affected", file=sys.stderr)
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            print(f"no videos: the encoder failed ({reason}); scores are not affected", file=sys.stderr)
+
+
+def write_gif(video, output, width=450, fps=25):
+    """A video as an endlessly repeating GIF; OSError if the encoder fails."""
+    scale = f"fps={fps},scale={width}:-1:flags=lanczos,split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=none"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", "-i", str(video), "-vf", scale, str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(f"{output}: {done.stderr.strip().splitlines()[-1:] or 'the encoder failed'}")
 
 
 def print_report(report):
@@ -216,7 +226,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=natural, default=EVALUATION_SEED, help="seed of the first episode")
     parser.add_argument("--videos", type=natural, default=3, help="record this many of the episodes")
     parser.add_argument("--sample", action="store_true", help="sample actions instead of taking the likeliest")
-    parser.add_argument("--output", type=Path, help="folder of report.json and videos/; default: inside the run's folder")
+    parser.add_argument("--output", type=Path, help="folder of report.json and videos/; default: in the run's folder")
     args = parser.parse_args(argv)
     checkpoint = args.checkpoint or default_checkpoint()
     try:

@@ -38,9 +38,9 @@ def orthogonal(layer, gain=2**0.5):
 class Glimpse(nn.Module):
     """Finds in each frame the spot whose colour is the colour of what moves, and cuts out the picture around it.
 
-    The lander covers 1 % of the picture; what the policy must see of it, its tilt, is a matter of single pixels. Like an
-    eye, this looks at the whole picture coarsely, and at one spot finely. Which spot is a colour direction, a vector of
-    red, green, blue, found once by `calibrate` from frames alone; attention is the softmax of the pixels' scores.
+    The lander covers 1 % of the picture; what the policy must see of it, its tilt, is a matter of single pixels. Like
+    an eye, this looks at the whole picture coarsely, and at one spot finely. Which spot is a colour direction, a vector
+    of red, green, blue, found once by `calibrate` from frames alone; attention is the softmax of the pixels' scores.
     """
 
     def __init__(self, size, stride=4, sharpness=40.0):
@@ -97,7 +97,7 @@ class Policy(nn.Module):
     class Options(BaseModel):
         model_config = ConfigDict(extra="forbid", frozen=True)
         name: str = Field(description="which policy: a name in POLICIES")
-        glimpse: int = Field(32, ge=0, description="side in pixels of the picture cut out around what moves; 0: all of it")
+        glimpse: int = Field(32, ge=0, description="side in pixels of the cut-out around what moves; 0: all")
         mirror: bool = Field(True, description="treat a lander on the left as one on the right seen in a mirror")
         features: int = Field(256, ge=1, description="units of the hidden layer before the two heads")
 
@@ -277,11 +277,11 @@ class TemporalResNet(Temporal):
     class Options(Temporal.Options):
         name: Literal["temporal_resnet"] = Field("temporal_resnet", description="which policy: a name in POLICIES")
         resnet: str = Field("resnet18", description="any of torchvision's ResNets by name")
-        weights: str = Field("none", description="torchvision's name of weights (IMAGENET1K_V1), a file of them, or none")
+        weights: str = Field("none", description="a name of torchvision's (IMAGENET1K_V1), a file, or none")
         depth: Literal[STAGES] = Field("layer1", description="the last stage that is used")
         frozen: Literal[("none", "stem", *STAGES)] = Field("none", description="the last part that never learns")
         enlarge: int = Field(1, ge=1, le=8, description="pictures are enlarged by this before the ResNet")
-        encoder_learning_rate: float = Field(1.0, gt=0, le=10, description="the ResNet's learning rate, times that of ppo")
+        encoder_learning_rate: float = Field(1.0, gt=0, le=10, description="the ResNet's, times ppo.learning_rate")
 
         @field_validator("resnet")
         @classmethod
@@ -362,8 +362,8 @@ class TemporalResNet(Temporal):
                 state = known[options.weights].get_state_dict(progress=False, check_hash=True)
             except OSError as error:
                 raise WeightsError(
-                    f"model.weights={options.weights}: {source} cannot be had ({error}); download it elsewhere and give "
-                    "the file as model.weights=FILE, or train without: model.weights=none") from None
+                    f"model.weights={options.weights}: {source} cannot be had ({error}); download it elsewhere and "
+                    "give the file as model.weights=FILE, or train without: model.weights=none") from None
         wanted = {"conv1": "stem.0", "bn1": "stem.1"}  # torchvision's names -> ours
         renamed = {}
         for key, tensor in state.items() if isinstance(state, dict) else ():
@@ -372,7 +372,8 @@ class TemporalResNet(Temporal):
         ours = self.resnet.state_dict()
         unfit = [key for key, tensor in ours.items() if key not in renamed or renamed[key].shape != tensor.shape]
         if unfit:
-            raise WeightsError(f"model.weights={source}: not weights of {options.resnet} ({unfit[0]} is missing or differs)")
+            raise WeightsError(
+                f"model.weights={source}: not weights of {options.resnet} ({unfit[0]} is missing or differs)")
         self.resnet.load_state_dict({key: renamed[key] for key in ours})
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ The CSV gets exactly what MLflow gets, so a curve survives without a server.
 """
 
 import csv
+import json
 import os
 import platform
 import subprocess
@@ -72,11 +73,13 @@ class Metrics:
 
 
 class Tracker:
-    """Use as a context: leaving it ends the MLflow run as FINISHED, KILLED (interrupt, exit) or FAILED (any error)."""
+    """Use as a context: leaving it ends the MLflow run as FINISHED, KILLED (interrupted) or FAILED (any error)."""
 
     def __init__(self, config, run_folder, run_id=None):
         self.folder, self.settings = Path(run_folder), config.tracking
         self.metrics = Metrics(self.folder / "metrics.csv")
+        self.tags = machine_tags()
+        (self.folder / "machine.json").write_text(json.dumps(self.tags, indent=2) + "\n")
         self.client, self.run_id, self.trouble = None, run_id, None
         if self.settings.mlflow:
             self._start_mlflow(config)
@@ -92,14 +95,15 @@ class Tracker:
             if self.run_id is not None:
                 self.client.update_run(self.run_id, status="RUNNING")
                 return
-            tags = machine_tags() | {"mlflow.runName": self.folder.name, "mlflow.source.name": "train.py"}
+            tags = self.tags | {"mlflow.runName": self.folder.name, "mlflow.source.name": "train.py"}
             self.run_id = self.client.create_run(experiment, tags=tags).info.run_id
             params = [Param(key, str(value)) for key, value in config.flat().items()]
             self.client.log_batch(self.run_id, params=params, tags=[RunTag("run_folder", self.folder.name)])
         except Exception as error:  # whatever the store raises, the user needs one line of it
             line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise TrackingError(
-                f"MLflow store {self.settings.uri} cannot be used: {line}; tracking.mlflow=false trains without it") from error
+                f"MLflow store {self.settings.uri} cannot be used: {line}; tracking.mlflow=false trains without it"
+            ) from error
 
     def log(self, metrics, frames):
         """metrics: {name: number}, nan for what this update did not measure; `frames` is the x axis."""
@@ -136,7 +140,8 @@ class Tracker:
     def __exit__(self, kind, error, traceback):
         if not self.client:
             return
-        status = "FINISHED" if kind is None else "KILLED" if issubclass(kind, (KeyboardInterrupt, SystemExit)) else "FAILED"
+        # What is no Exception, as KeyboardInterrupt, was the user's wish.
+        status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
 
         def finish():
             import mlflow

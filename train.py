@@ -38,6 +38,8 @@ from checkpoint import (
 from config import ConfigError, apply_overrides, check_config, load_config, save_config
 from envs import NUM_ACTIONS, OUTCOMES, SELECTION_SEED, make_vector_env
 from evaluate import evaluate, play, print_report
+from models import WeightsError
+from plot import draw_run
 from tracking import Metrics, Progress, Tracker, TrackingError
 
 
@@ -45,7 +47,7 @@ from tracking import Metrics, Progress, Tracker, TrackingError
 class Rollout:
     """num_steps decisions of N landers. Row t: what was seen, done and received at decision t."""
 
-    seen: dict  # of tensors (stack + T, N, ...): what the policy's `look` made of each frame; the first rows are history
+    seen: dict  # of tensors (stack + T, N, ...): what the policy's `look` made of each frame, history first
     stacks: torch.Tensor  # int64 (T + 1, N, stack): frames of each decision, oldest first, as rows of `seen` flattened
     actions: torch.Tensor  # int64 (T, N)
     log_probs: torch.Tensor  # float32 (T, N), log pi(action | frames) when the action was drawn
@@ -202,8 +204,9 @@ def update(policy, optimizer, rollout, advantages, returns, ppo, entropy_coef, a
     flat = {key: tensor.flatten() for key, tensor in flat.items()}  # (T * N,)
     seen, stacks = rollout.flat_seen(), rollout.stacks[:-1].flatten(0, 1)  # (T * N, S)
     # Decisions are shuffled in segments of one lander's successive ones, which share most of their frames.
-    decisions = torch.arange(advantages.numel(), device=advantages.device).view(-1, ppo.segment_length, advantages.shape[1])
-    segments = decisions.transpose(1, 2).reshape(-1, ppo.segment_length)
+    length, num_envs = ppo.segment_length, advantages.shape[1]
+    segments = torch.arange(advantages.numel(), device=advantages.device).view(-1, length, num_envs)
+    segments = segments.transpose(1, 2).reshape(-1, length)
     parameters = [p for p in policy.parameters() if p.requires_grad]
     sums, count = {}, 0
     for _ in range(ppo.update_epochs):
@@ -217,7 +220,7 @@ def update(policy, optimizer, rollout, advantages, returns, ppo, entropy_coef, a
             loss.backward()
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(parameters, ppo.max_grad_norm).detach()
             if not torch.isfinite(metrics["grad_norm"] + loss):
-                raise FloatingPointError(f"loss {float(loss)}, gradient norm {float(metrics['grad_norm'])}")
+                raise FloatingPointError(f"loss {loss.item()}, gradient norm {metrics['grad_norm'].item()}")
             optimizer.step()
             count += 1
             epoch_kl += float(metrics["approx_kl"]) / ppo.num_minibatches
@@ -252,8 +255,8 @@ def fast_bf16(device):
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})  # x86, x86, ARM
 
 
-class Interrupted(Exception):
-    """Raised between updates after SIGINT or SIGTERM; `code` is the exit status."""
+class Interrupted(BaseException):
+    """Raised between updates after SIGINT or SIGTERM; `code` is the exit status. No error, so no Exception."""
 
     def __init__(self, number):
         super().__init__(signal.Signals(number).name)
@@ -282,7 +285,8 @@ class Trainer:
 
     def __init__(self, config, folder, state=None):
         self.config, self.folder, run, env = config, folder, config.run, config.env
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if run.device == "auto" else run.device)
+        automatic = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(automatic if run.device == "auto" else run.device)
         self.num_threads = run.num_threads or len(os.sched_getaffinity(0))
         self.autocast = torch.autocast(
             self.device.type, torch.bfloat16, enabled=fast_bf16(self.device) if run.bf16 is None else run.bf16)
@@ -295,7 +299,8 @@ class Trainer:
         self.optimizer = torch.optim.Adam(
             self.policy.parameter_groups(), lr=config.ppo.learning_rate, eps=config.ppo.adam_eps)
         self.envs = make_vector_env(seed=run.seed, **env.model_dump())
-        self.counters = {"env_frames": 0, "updates": 0, "seconds": 0.0, "late": False, "best": None, "next_evaluation": 0}
+        self.counters = {
+            "env_frames": 0, "updates": 0, "seconds": 0.0, "late": False, "best": None, "next_evaluation": 0}
         self.recent = deque(maxlen=100)  # (return, length, outcome) of the last episodes
         self.run_id = None
         if state:
@@ -368,14 +373,15 @@ class Trainer:
         collected = time.perf_counter()
         advantages, returns = compute_advantages(self.rollout, ppo.gamma, ppo.gae_lambda)
         learned = update(
-            self.policy, self.optimizer, self.rollout, advantages, returns, ppo, entropy_coef, self.autocast, self.generator)
+            self.policy, self.optimizer, self.rollout, advantages, returns, ppo, entropy_coef, self.autocast,
+            self.generator)
         end = time.perf_counter()
 
         self.recent.extend(stats["episodes"])
         counters["env_frames"] += stats["env_frames"]
         counters["updates"] += 1
         counters["seconds"] += end - start
-        returns, lengths, outcomes = zip(*self.recent) if self.recent else ([float("nan")],) * 3
+        returns, lengths, outcomes = zip(*self.recent, strict=True) if self.recent else ([float("nan")],) * 3
         return_mean = float(np.mean(returns))
         if ppo.late_return is not None and len(self.recent) == self.recent.maxlen and return_mean >= ppo.late_return:
             counters["late"] = True
@@ -446,7 +452,8 @@ def train(trainer, tracker):
 def finish(trainer, tracker):
     """Score the best policy on unseen episodes, greedy and sampled, record videos, and hand all to MLflow."""
     config, folder = trainer.config, trainer.folder
-    for name in ("config.yaml", "metrics.csv"):
+    draw_run(folder, folder / "curves.png")
+    for name in ("config.yaml", "metrics.csv", "curves.png"):
         tracker.artifact(folder / name)
     tracker.artifact(folder / "checkpoints" / POLICY_FILE, "checkpoints")
     settings = config.evaluation
@@ -454,7 +461,8 @@ def finish(trainer, tracker):
         return
     policy, _, _ = load_policy(folder)
     for sample, name, videos in ((False, "report.json", settings.videos), (True, "report_sampled.json", 0)):
-        report = evaluate(policy, config, folder, folder, settings.episodes, videos=videos, sample=sample, report_name=name)
+        report = evaluate(
+            policy, config, folder, folder, settings.episodes, videos=videos, sample=sample, report_name=name)
         print_report(report)
         tracker.artifact(folder / name)
     tracker.artifact(folder / "videos", "videos")
@@ -482,7 +490,7 @@ def start_run(args):
         name = config.run.name or f"{Path(args.config).stem if args.config else 'run'}-{datetime.now():%Y%m%d-%H%M%S}"
         folder = Path("runs") / name
         if any(folder.glob("checkpoints/*")):
-            raise ConfigError(f"{folder}: that run exists; resume it with --resume {folder}, or choose another run.name")
+            raise ConfigError(f"{folder}: that run exists; go on with --resume {folder}, or choose another run.name")
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         (folder / "metrics.csv").unlink(missing_ok=True)
         save_config(config, folder / "config.yaml")
@@ -512,11 +520,12 @@ def main(argv=None):
         trainer = Trainer(config, folder, state)
         with Tracker(config, folder, trainer.run_id) as tracker:
             trainer.run_id = tracker.run_id
-            print(f"{folder}: {config.model.name}, {trainer.device.type}, {config.ppo.total_frames:,} frames", flush=True)
+            total = config.ppo.total_frames
+            print(f"{folder}: {config.model.name}, {trainer.device.type}, {total:,} frames", flush=True)
             train(trainer, tracker)
             trainer.close()
             finish(trainer, tracker)
-    except (ConfigError, CheckpointError, TrackingError) as error:
+    except (ConfigError, CheckpointError, TrackingError, WeightsError) as error:
         sys.exit(f"train.py: {error}")
     except Interrupted as interruption:
         print(f"{interruption}: saved; go on with: python train.py --resume {folder}", flush=True)

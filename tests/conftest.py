@@ -11,5 +11,5 @@ os.environ.pop("DISPLAY", None)  # everything here must work without a screen
 
 
 @pytest.fixture(autouse=True)
-def _two_threads():
-    torch.set_num_threads(2)
+def _one_thread():
+    torch.set_num_threads(1)  # small batches: threads would only wait for each other

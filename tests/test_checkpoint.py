@@ -137,7 +137,7 @@ def test_missing_policy_names_what_there_is(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="train one first"):
         load_policy("runs/nothing")
     (tmp_path / "runs" / "there").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="runs/nothing.*there are runs/there"):
+    with pytest.raises(CheckpointError, match=r"runs/nothing.*there are runs/there"):
         load_policy("runs/nothing")
 
 

@@ -37,15 +37,15 @@ def test_resolved_config_reads_back(tmp_path):
 
 def test_overrides_win_and_numbers_are_numbers(tmp_path):
     file = tmp_path / "x.yaml"
-    file.write_text("ppo:\n  learning_rate: 3e-4\n  total_frames: 2e6\nenv:\n  color: true\n")
-    config = load_config(file, ["ppo.gamma=0.9", "ppo.late_return=null"])
+    file.write_text("ppo:\n  learning_rate: 3e-4\n  total_frames: 2e6\nenv:\n  color: true\n  num_envs: 010\n")
+    config = load_config(file, ["ppo.gamma=0.9", "ppo.late_return=null", "ppo.num_minibatches=5"])
     assert config.ppo.learning_rate == 3e-4
-    assert config.ppo.total_frames == 2_000_000
+    assert (config.ppo.total_frames, config.env.num_envs) == (2_000_000, 10)
     assert (config.ppo.gamma, config.ppo.late_return) == (0.9, None)
 
 
 @pytest.mark.parametrize(("text", "expected"), [
-    ("", ["x.yaml", "not nothing"]),
+    ("", ["x.yaml", "empty"]),
     ("- 1\n", ["x.yaml", "sections"]),
     ("ppo: 3\n", ["ppo", "3"]),
     ("ppo:\n  gamma: 0.9\n  gamma: 0.8\n", ["x.yaml:3:3", "'gamma' is given twice"]),
@@ -61,7 +61,7 @@ def test_overrides_win_and_numbers_are_numbers(tmp_path):
     ("ppo:\n  learning_rate: .nan\n", ["ppo.learning_rate", "finite"]),
     ("ppo:\n  total_frames: 1.5\n", ["ppo.total_frames=1.5"]),
     ("env:\n  color: on\n  num_envs: no\n", ["env.num_envs='no'"]),
-    ("env:\n  num_envs: 010\n", ["env.num_envs='010'"]),
+    ("env:\n  num_envs: true\n", ["env.num_envs=True", "number"]),
     ("env:\n  shrink_factor: 7\n", ["env.shrink_factor=7", "1, 2, 4, 5, 8"]),
     ("env:\n  num_envs: 33\n", ["env.num_envs=33", "multiple of env.num_workers=2", "32 or 34"]),
     ("ppo:\n  num_minibatches: 7\n", ["ppo.num_minibatches=7", "2048", "4, 8"]),

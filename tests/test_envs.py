@@ -122,7 +122,9 @@ def test_outcomes_say_how_an_episode_ended():
 
     def hover(env, state):  # keeps upright, and keeps from falling
         turn = (0.5 * state[0] + state[2] - state[4]) * 0.5 - state[5]
-        return 2 if (1 - state[1]) * 0.5 - state[3] * 0.5 > abs(turn) else 3 if turn < -0.05 else 1 if turn > 0.05 else 0
+        if (1 - state[1]) * 0.5 - state[3] * 0.5 > abs(turn):
+            return 2
+        return 3 if turn < -0.05 else 1 if turn > 0.05 else 0
 
     assert ("time", True) in outcomes_of(hover, range(3))
 
@@ -166,7 +168,8 @@ def test_truncated_episode_hands_over_its_last_frames(monkeypatch):
     twin.reset(5)
     for decision in range(11):
         frames, _, terminated, truncated, info = group.step([0 if decision % 2 else 2])
-        last = twin.step(0 if decision % 2 else 2)[0] if decision < 10 else last
+        if decision < 10:
+            last = twin.step(0 if decision % 2 else 2)[0]
     assert truncated.tolist() == [True]
     assert terminated.tolist() == [False]
     assert info["episode_length"].tolist() == [42]

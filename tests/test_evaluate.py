@@ -33,7 +33,8 @@ def run_main(*args):
 
 def test_report_equals_episodes_played_by_hand(policy_file, tmp_path):
     """The command's score is that of a plain loop over gym.make with one render() per physics step."""
-    done = run_main("--checkpoint", policy_file, "--episodes", 3, "--seed", 1000007, "--videos", 1, "--output", tmp_path)
+    done = run_main(
+        "--checkpoint", policy_file, "--episodes", 3, "--seed", 1000007, "--videos", 1, "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     policy, config, _ = load_policy(policy_file)
@@ -45,7 +46,7 @@ def test_report_equals_episodes_played_by_hand(policy_file, tmp_path):
         frames = stack.fill(shrink(env.render(), 4, True))
         while not ended:
             with torch.no_grad():
-                logits, _ = policy(policy.look(torch.from_numpy(frames)[None]))
+                logits, _ = policy(*policy.see(torch.from_numpy(frames)[None]))
             for _ in range(config.env.frame_skip):
                 _, reward, terminated, truncated, _ = env.step(int(logits.argmax()))
                 picture, total, length = env.render(), total + reward, length + 1

@@ -12,7 +12,7 @@ FP32 = torch.autocast("cpu", enabled=False)
 
 
 def empty_rollout(num_steps, num_envs):
-    return Rollout.empty(num_steps, num_envs, {"frames": torch.zeros(1, 1)})
+    return Rollout.empty(num_steps, num_envs, 1, {"frames": torch.zeros(1, 1)})
 
 
 def advantages_by_definition(rollout, gamma, lam):
@@ -166,8 +166,8 @@ class TinyPolicy(nn.Module):
     def look(self, frames):
         return {"frames": frames.flatten(1)}
 
-    def forward(self, observation):
-        hidden = self.hidden(observation["frames"].float() / 127.5 - 1)
+    def forward(self, seen, stacks):
+        hidden = self.hidden(seen["frames"][stacks[:, -1]].float() / 127.5 - 1)
         return self.actor(hidden), self.critic(hidden)[:, 0]
 
 
@@ -178,13 +178,14 @@ def learn(rule, random_observation, updates=60, **settings):
     ppo = PPO(**{"gamma": 0.5, "gae_lambda": 0.95, "num_minibatches": 4, "entropy_coef": 0.0, **settings})
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-2)
     frames = torch.from_numpy(envs.frames()[0])
-    rollout = Rollout.empty(8, envs.landers, policy.look(frames))
+    rollout = Rollout.empty(8, envs.landers, 1, policy.look(frames))
     for _ in range(updates):
         frames, _ = collect(envs, policy, rollout, frames, 1.0, FP32)
         advantages, returns = compute_advantages(rollout, ppo.gamma, ppo.gae_lambda)
         update(policy, optimizer, rollout, advantages, returns, ppo, 0.0, FP32, generator)
     with torch.no_grad():
-        logits, values = policy(policy.look(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)))
+        seen = policy.look(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1))
+        logits, values = policy(seen, torch.tensor([[0], [1]]))
     return logits.softmax(-1).numpy(), values.numpy()
 
 
@@ -220,7 +221,7 @@ def test_first_minibatch_has_ratio_one():
     envs = ProbeEnvs(lambda step, seen, action: (float(action), True), True)
     policy = TinyPolicy()
     frames = torch.from_numpy(envs.frames()[0])
-    rollout = Rollout.empty(8, envs.landers, policy.look(frames))
+    rollout = Rollout.empty(8, envs.landers, 1, policy.look(frames))
     collect(envs, policy, rollout, frames, 1.0, FP32)
     advantages, returns = compute_advantages(rollout, 0.99, 0.95)
     ppo = PPO(update_epochs=1, num_minibatches=1)
@@ -236,7 +237,7 @@ def test_first_minibatch_has_ratio_one():
 def test_target_kl_ends_an_update_early():
     envs, policy = ProbeEnvs(lambda step, seen, action: (float(action), True), True), TinyPolicy()
     frames = torch.from_numpy(envs.frames()[0])
-    rollout = Rollout.empty(8, envs.landers, policy.look(frames))
+    rollout = Rollout.empty(8, envs.landers, 1, policy.look(frames))
     collect(envs, policy, rollout, frames, 1.0, FP32)
     advantages, returns = compute_advantages(rollout, 0.99, 0.95)
 
@@ -259,7 +260,7 @@ def test_target_kl_ends_an_update_early():
 
 
 def test_nan_stops_before_the_optimizer_step():
-    policy, rollout = TinyPolicy(), Rollout.empty(4, 2, {"frames": torch.zeros(1, 1, dtype=torch.uint8)})
+    policy, rollout = TinyPolicy(), Rollout.empty(4, 2, 1, {"frames": torch.zeros(1, 1, dtype=torch.uint8)})
     before = [p.clone() for p in policy.parameters()]
     advantages = torch.full((4, 2), float("nan"))
     with pytest.raises(FloatingPointError, match="loss nan"):

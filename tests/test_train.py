@@ -20,8 +20,8 @@ from checkpoint import load_checkpoint
 ROOT = Path(__file__).parent.parent
 TINY = [
     "env.num_envs=4", "ppo.num_steps=32", "ppo.num_minibatches=2", "ppo.total_frames=3000", "evaluation.interval=2000",
-    "evaluation.selection_episodes=2", "evaluation.episodes=2", "evaluation.videos=1", "tracking.checkpoint_interval=500",
-    "model.features=32", "run.num_threads=1"]
+    "evaluation.selection_episodes=2", "evaluation.episodes=2", "evaluation.videos=1", "model.features=32",
+    "tracking.checkpoint_interval=500", "run.num_threads=1"]
 
 
 def command(*args):

@@ -1,0 +1,120 @@
+"""Draws the curves of runs from their metrics.csv.
+
+    python plot.py runs/NAME                                   # one run: all its diagnostics, as runs/NAME/curves.png
+    python plot.py cnn=runs/a,runs/b resnet=runs/c --output compare.png  # several: return over frames and minutes
+
+A label with several runs (seeds of one setting) is drawn as their mean, in a band from the lowest to the highest.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # draws into files; no display is needed
+import matplotlib.pyplot as plt
+import numpy as np
+
+SOLVED = 200  # mean return from which the task counts as solved
+# The bands that the write-up this repository answers steered by.
+CLIP_FRACTION_BAND, KL_BAND = (0.1, 0.2), (0.0, 0.3)
+
+
+class PlotError(Exception):
+    """Metrics that cannot be read; one line."""
+
+
+def read_metrics(run):
+    """{column: float64 array (updates,)} of a run's folder or of a metrics.csv, nan where nothing was measured."""
+    path = Path(run)
+    path = path / "metrics.csv" if path.is_dir() else path
+    try:
+        with open(path, newline="") as file:
+            header, *rows = csv.reader(file)
+        columns = np.array([row for row in rows if len(row) == len(header)], float).T
+    except (OSError, ValueError) as error:
+        raise PlotError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    if not columns.size:
+        raise PlotError(f"{path}: holds no update yet")
+    return dict(zip(header, columns, strict=True))
+
+
+def draw_run(run, output):
+    """Six panels over environment frames, as a PNG: what a training run is steered by."""
+    metrics = read_metrics(run)
+    frames = metrics["frames"] / 1e6
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), sharex=True, layout="constrained")
+
+    def panel(axis, title, key, label=None, band=None):
+        if band:
+            axis.axhspan(*band, color="tab:green", alpha=0.15, label=f"{band[0]:g} to {band[1]:g}")
+        axis.plot(frames, metrics[key], linewidth=1, label=label)
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+
+    panel(axes[0, 0], "return", "rollout/return_mean", "training, mean of the last 100 episodes")
+    scored = ~np.isnan(metrics["eval/return_mean"])
+    axes[0, 0].plot(frames[scored], metrics["eval/return_mean"][scored], "o", markersize=4, label="greedy, unseen seeds")
+    axes[0, 0].axhline(SOLVED, color="black", linestyle=":", linewidth=1)
+    panel(axes[0, 1], "clip fraction", "update/clip_fraction", band=CLIP_FRACTION_BAND)
+    panel(axes[0, 2], "KL divergence from the collecting policy", "update/approx_kl", band=KL_BAND)
+    axes[0, 2].set_ylim(0, max(1.1 * KL_BAND[1], float(metrics["update/approx_kl"].max())))
+    panel(axes[1, 0], "share of landings", "rollout/landed_rate")
+    panel(axes[1, 1], "entropy of the policy, nats", "update/entropy")
+    panel(axes[1, 2], "explained variance of the value", "update/explained_variance")
+    axes[1, 2].set_ylim(-1, 1)
+    for axis in axes[0]:
+        axis.legend(fontsize=8, loc="lower right" if axis is axes[0, 0] else "upper right")
+    for axis in axes[1]:
+        axis.set_xlabel("environment frames, millions")
+    _save(figure, output)
+
+
+def draw_comparison(groups, output):
+    """Training return over frames and over minutes. groups: {label: [run, ...]}, a band where a label has several."""
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4.5), sharey=True, layout="constrained")
+    scales = (("frames", 1e6, "environment frames, millions"), ("speed/total_seconds", 60, "minutes of training"))
+    runs = {label: [read_metrics(run) for run in folders] for label, folders in groups.items()}
+    for axis, (key, unit, title) in zip(axes, scales, strict=True):
+        for label, metrics in runs.items():
+            grid = np.linspace(max(m[key][0] for m in metrics), min(m[key][-1] for m in metrics), 300)
+            curves = np.stack([np.interp(grid, m[key], m["rollout/return_mean"]) for m in metrics])
+            (line,) = axis.plot(grid / unit, curves.mean(0), label=f"{label}, {len(metrics)} seed{'s'[: len(metrics) > 1]}")
+            if len(metrics) > 1:
+                axis.fill_between(grid / unit, curves.min(0), curves.max(0), color=line.get_color(), alpha=0.2)
+        axis.axhline(SOLVED, color="black", linestyle=":", linewidth=1)
+        axis.set_xlabel(title)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("return, mean of the last 100 training episodes")
+    axes[0].legend(loc="lower right")
+    _save(figure, output)
+
+
+def _save(figure, output):
+    figure.savefig(output, dpi=100)
+    plt.close(figure)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN | LABEL=RUN,RUN")
+    parser.add_argument("--output", type=Path, help="PNG; default: curves.png in the run's folder, or compare.png")
+    args = parser.parse_args(argv)
+    try:
+        if len(args.runs) == 1 and "=" not in args.runs[0]:
+            run = Path(args.runs[0])
+            output = args.output or (run if run.is_dir() else run.parent) / "curves.png"
+            draw_run(run, output)
+        else:
+            output = args.output or Path("compare.png")
+            named = [run.rpartition("=") for run in args.runs]
+            draw_comparison({label or Path(runs).name: runs.split(",") for label, _, runs in named}, output)
+    except (PlotError, OSError) as error:
+        sys.exit(f"plot.py: {error}")
+    print(output)
+
+
+if __name__ == "__main__":
+    main()

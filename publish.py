@@ -1,0 +1,134 @@
+"""Copies a finished run into results/, as a page that others can judge and use, and renews the README's table.
+
+    python publish.py runs/NAME cnn        # -> results/cnn/
+    python publish.py                      # only the table, from what results/ holds
+
+Nothing is typed by hand: every number comes from the run's own metrics.csv, config.yaml, machine.json and reports.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from checkpoint import POLICY_FILE, CheckpointError, load_policy
+from evaluate import write_gif
+from plot import SOLVED, PlotError, draw_run, read_metrics
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- results: written by publish.py -->", "<!-- end of results -->"
+FILES = ("config.yaml", "metrics.csv", "machine.json", "report.json", "report_sampled.json")
+CARD = """# {policy}: a mean return of {greedy}
+
+{landing}
+
+| | |
+| --- | --- |
+| trained by | `{command}` |
+| training seed | {seed} |
+| environment frames | {frames:,} physics steps of LunarLander-v3, seen as rendered frames only |
+| wall-clock | {minutes:.0f} minutes on {machine} |
+| mean training return of 100 episodes over {solved} | {hit} |
+| greedy, 100 unseen seeds | {greedy}, {landed:.0%} landed, {solved_rate:.0%} with {solved} or more |
+| sampled, the same seeds | {sampled} |
+| commit | {commit} |
+| parameters | {parameters:,} |
+
+Score it again: `python evaluate.py --checkpoint results/{name}`. Train it again: the command above. The intervals are 95%
+bootstrap intervals of the mean. One training seed; another ends elsewhere.
+
+![curves](curves.png)
+
+## Use it
+
+```python
+import torch
+from checkpoint import load_policy
+from envs import RenderedLander
+
+policy, config, _ = load_policy("results/{name}")
+lander = RenderedLander(**config.env.model_dump(include={{"frame_skip", "frame_stack", "shrink_factor", "color"}}))
+frames, ended = lander.reset(seed=1_000_000), False
+while not ended:
+    with torch.no_grad():
+        logits, value = policy(*policy.see(torch.from_numpy(frames)[None]))
+    frames, reward, terminated, truncated = lander.step(int(logits.argmax()))
+    ended = terminated or truncated
+print(lander.episode_return)
+```
+"""
+
+
+def score(report):
+    low, high = report["return_ci95"]
+    return f"{report['return_mean']:.0f} [{low:.0f}, {high:.0f}]"
+
+
+def facts(folder):
+    """What a table row and a card say of results/NAME, all read from its files."""
+    policy, config, _ = load_policy(folder)
+    metrics = read_metrics(folder)
+    report, sampled, machine = (
+        json.loads((folder / name).read_text()) for name in ("report.json", "report_sampled.json", "machine.json"))
+    minutes = metrics["speed/total_seconds"] / 60
+    over = metrics["rollout/return_mean"] >= SOLVED
+    first = int(over.argmax())
+    hit = f"{metrics['frames'][first] / 1e6:.2f} M frames, {minutes[first]:.0f} min" if over.any() else "not reached"
+    return {
+        "name": folder.name, "policy": config.model.name, "seed": config.run.seed, "solved": SOLVED, "hit": hit,
+        "command": f"python train.py --config configs/{folder.name}.yaml run.seed={config.run.seed}",
+        "frames": int(metrics["frames"][-1]), "minutes": minutes[-1], "machine": machine["machine"],
+        "commit": machine["git_commit"], "greedy": score(report), "sampled": score(sampled),
+        "landed": report["landed_rate"], "solved_rate": report["solved_rate"],
+        "parameters": sum(p.numel() for p in policy.parameters()),
+    }
+
+
+def publish(run, name):
+    run, folder = Path(run), HERE / "results" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(run / "checkpoints" / POLICY_FILE, folder)
+    for file in FILES:
+        shutil.copy(run / file, folder)
+    draw_run(folder, folder / "curves.png")
+    videos = sorted((run / "videos").glob("*.mp4"))
+    if videos:
+        shutil.copy(videos[0], folder / "landing.mp4")
+        write_gif(videos[0], folder / "landing.gif")
+    landing = "![a landing](landing.gif)" if videos else ""
+    (folder / "README.md").write_text(CARD.format(landing=landing, **facts(folder)))
+
+
+def table():
+    """The results table in Markdown."""
+    rows = [
+        f"| to a mean training return of {SOLVED} | trained for | greedy, 100 unseen seeds | sampled | landed |"
+        .replace("| to", "| policy | parameters | to", 1),
+        "| --- | --- | --- | --- | --- | --- | --- |"]
+    for report in sorted((HERE / "results").glob("*/report.json")):
+        row = facts(report.parent)
+        rows.append(
+            f"| [{row['policy']}](results/{row['name']}) | {row['parameters'] / 1e6:.2f} M | {row['hit']} | "
+            f"{row['frames'] / 1e6:.1f} M frames, {row['minutes']:.0f} min | **{row['greedy']}** | {row['sampled']} | "
+            f"{row['landed']:.0%} |")
+    return "\n".join(rows)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", help="runs/NAME, finished")
+    parser.add_argument("name", nargs="?", help="folder under results/, named as its config file")
+    args = parser.parse_args(argv)
+    try:
+        if args.run:
+            publish(args.run, args.name or Path(args.run).name)
+        readme = HERE / "README.md"
+        before, _, rest = readme.read_text().partition(BEGIN)
+        readme.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}")
+    except (CheckpointError, PlotError, OSError) as error:
+        sys.exit(f"publish.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
