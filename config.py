@@ -232,7 +232,8 @@ def load_config(path=None, overrides=()):
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: {error}") from None
         if not isinstance(tree, dict):
-            raise ConfigError(f"{path}: must hold sections such as `ppo:`, " + ("but is empty" if tree is None else f"not {tree!r}"))
+            found = "but is empty" if tree is None else f"not {tree!r}"
+            raise ConfigError(f"{path}: must hold sections such as `ppo:`, {found}")
     return apply_overrides(tree, overrides, str(path) if path else "config")
 
 

@@ -56,7 +56,7 @@ def draw_run(run, output):
 
     panel(axes[0, 0], "return", "rollout/return_mean", "training, mean of the last 100 episodes")
     scored = ~np.isnan(metrics["eval/return_mean"])
-    axes[0, 0].plot(frames[scored], metrics["eval/return_mean"][scored], "o", markersize=4, label="greedy, unseen seeds")
+    axes[0, 0].plot(frames[scored], metrics["eval/return_mean"][scored], "o", markersize=4, label="greedy, other seeds")
     axes[0, 0].axhline(SOLVED, color="black", linestyle=":", linewidth=1)
     panel(axes[0, 1], "clip fraction", "update/clip_fraction", band=CLIP_FRACTION_BAND)
     panel(axes[0, 2], "KL divergence from the collecting policy", "update/approx_kl", band=KL_BAND)
@@ -81,7 +81,8 @@ def draw_comparison(groups, output):
         for label, metrics in runs.items():
             grid = np.linspace(max(m[key][0] for m in metrics), min(m[key][-1] for m in metrics), 300)
             curves = np.stack([np.interp(grid, m[key], m["rollout/return_mean"]) for m in metrics])
-            (line,) = axis.plot(grid / unit, curves.mean(0), label=f"{label}, {len(metrics)} seed{'s'[: len(metrics) > 1]}")
+            seeds = f"{len(metrics)} seed{'s' if len(metrics) > 1 else ''}"
+            (line,) = axis.plot(grid / unit, curves.mean(0), label=f"{label}, {seeds}")
             if len(metrics) > 1:
                 axis.fill_between(grid / unit, curves.min(0), curves.max(0), color=line.get_color(), alpha=0.2)
         axis.axhline(SOLVED, color="black", linestyle=":", linewidth=1)

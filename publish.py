@@ -35,8 +35,8 @@ CARD = """# {policy}: a mean return of {greedy}
 | commit | {commit} |
 | parameters | {parameters:,} |
 
-Score it again: `python evaluate.py --checkpoint results/{name}`. Train it again: the command above. The intervals are 95%
-bootstrap intervals of the mean. One training seed; another ends elsewhere.
+Score it again: `python evaluate.py --checkpoint results/{name}`. Train it again: the command above. The intervals are
+95% bootstrap intervals of the mean. One training seed; another ends elsewhere.
 
 ![curves](curves.png)
 
@@ -103,8 +103,8 @@ def publish(run, name):
 def table():
     """The results table in Markdown."""
     rows = [
-        f"| to a mean training return of {SOLVED} | trained for | greedy, 100 unseen seeds | sampled | landed |"
-        .replace("| to", "| policy | parameters | to", 1),
+        "| policy | parameters | to a mean training return of "
+        f"{SOLVED} | trained for | greedy, 100 unseen seeds | sampled | landed |",
         "| --- | --- | --- | --- | --- | --- | --- |"]
     for report in sorted((HERE / "results").glob("*/report.json")):
         row = facts(report.parent)

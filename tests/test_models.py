@@ -268,7 +268,7 @@ def test_weights_that_do_not_fit_or_cannot_be_had(tmp_path, monkeypatch):
     {"name": "transformer", "patch": 7},
 ])
 def test_options_that_cannot_be(settings):
-    with pytest.raises(ConfigError, match="must|should"):
+    with pytest.raises(ConfigError, match=r"must|should"):
         check_config({"model": settings})
 
 
