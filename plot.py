@@ -32,7 +32,7 @@ def read_metrics(run):
     path = path / "metrics.csv" if path.is_dir() else path
     try:
         with open(path, newline="") as file:
-            header, *rows = csv.reader(file)
+            header, *rows = list(csv.reader(file)) or [[]]
         columns = np.array([row for row in rows if len(row) == len(header)], float).T
     except (OSError, ValueError) as error:
         raise PlotError(f"{path}: {getattr(error, 'strerror', None) or error}") from None

@@ -1,0 +1,76 @@
+import csv
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+import plot
+
+
+def write_metrics(folder, offset=0.0, rows=20):
+    folder.mkdir()
+    keys = ["rollout/return_mean", "rollout/landed_rate", "update/clip_fraction", "update/approx_kl", "update/entropy",
+            "update/explained_variance", "eval/return_mean", "speed/total_seconds"]
+    with open(folder / "metrics.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["frames", *keys])
+        for i in range(rows):
+            evaluated = "nan" if i % 5 else 10.0 * i
+            returns = 10 * i + offset
+            writer.writerow([1000 * (i + 1), returns, i / rows, 0.15, 0.02, 1.0, 0.5, evaluated, 60.0 * (i + 1)])
+    return folder
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Figures as they are about to be saved."""
+    drawn, save = [], plot._save
+    monkeypatch.setattr(plot, "_save", lambda figure, output: (drawn.append(figure), save(figure, output)))
+    return drawn
+
+
+def test_a_run_is_drawn_with_its_bands(tmp_path, figures):
+    plot.main([str(write_metrics(tmp_path / "a"))])
+    assert imread(tmp_path / "a" / "curves.png").shape[:2] == (650, 1300)
+    axes = {axis.get_title(): axis for axis in figures[0].axes}
+    training, scored, _ = axes["return"].lines
+    np.testing.assert_allclose(training.get_ydata(), 10 * np.arange(20))
+    np.testing.assert_allclose(training.get_xdata(), np.arange(1, 21) / 1000)
+    np.testing.assert_allclose(scored.get_ydata(), [0, 50, 100, 150])
+    bands = {"clip fraction": (0.1, 0.2), "KL divergence from the collecting policy": (0, 0.3)}
+    for title, (low, high) in bands.items():
+        band = axes[title].patches[0]
+        assert (band.get_y(), band.get_y() + band.get_height()) == pytest.approx((low, high))
+
+
+def test_seeds_are_a_mean_and_a_band_over_frames_and_over_minutes(tmp_path, figures):
+    a, b = write_metrics(tmp_path / "a"), write_metrics(tmp_path / "b", offset=20.0)
+    plot.main([f"both={a},{b}", f"one={a}", "--output", str(tmp_path / "compare.png")])
+    assert (tmp_path / "compare.png").stat().st_size > 10_000
+    for axis in figures[0].axes:
+        both, one, _ = axis.lines
+        np.testing.assert_allclose(both.get_ydata() - one.get_ydata(), 10, atol=1e-6)
+        (band,) = axis.collections
+        heights = band.get_paths()[0].vertices[:, 1]
+        assert (heights.min(), heights.max()) == pytest.approx((0, 210))
+    frames, minutes = figures[0].axes
+    assert frames.lines[0].get_xdata()[-1] == pytest.approx(0.02)
+    assert minutes.lines[0].get_xdata()[-1] == pytest.approx(20)
+    assert [text.get_text() for text in frames.get_legend().get_texts()] == ["both, 2 seeds", "one, 1 seed"]
+
+
+def test_a_row_cut_off_by_a_crash_is_left_out(tmp_path):
+    run = write_metrics(tmp_path / "a")
+    with open(run / "metrics.csv", "a") as file:
+        file.write("21000,3")
+    assert len(plot.read_metrics(run)["frames"]) == 20
+
+
+@pytest.mark.parametrize("content", [None, "", "frames,x\n", "frames,x\n1,words\n"])
+def test_metrics_that_cannot_be_read_are_one_line(content, tmp_path):
+    if content is not None:
+        (tmp_path / "metrics.csv").write_text(content)
+    with pytest.raises(SystemExit) as error:
+        plot.main([str(tmp_path)])
+    assert str(error.value).startswith(f"plot.py: {tmp_path}/metrics.csv: ")
+    assert "\n" not in str(error.value)

@@ -1,0 +1,82 @@
+"""What results/ ships is whole, and says what its own files say."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import publish
+from checkpoint import load_policy
+from config import load_config
+from envs import EVALUATION_SEED
+from evaluate import confidence_interval, play
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = sorted(path.parent for path in (ROOT / "results").glob("*/report.json"))
+
+
+def test_there_is_a_shipped_cnn():
+    assert ROOT / "results" / "cnn" in SHIPPED
+
+
+def test_readme_shows_the_table_of_results():
+    readme = (ROOT / "README.md").read_text()
+    assert f"{publish.BEGIN}\n{publish.table()}\n{publish.END}" in readme
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
+def test_shipped_result_is_whole_and_consistent(folder):
+    _, config, _ = load_policy(folder)
+    assert config == load_config(folder / "config.yaml")
+    assert config.model == load_config(ROOT / "configs" / f"{folder.name}.yaml").model
+    for name in ("report.json", "report_sampled.json"):
+        report = json.loads((folder / name).read_text())
+        assert len(report["returns"]) == report["episodes"] == 100
+        assert report["seed"] == EVALUATION_SEED
+        assert report["return_mean"] == pytest.approx(np.mean(report["returns"]))
+        assert report["return_ci95"] == pytest.approx(confidence_interval(report["returns"]))
+    assert {"curves.png", "landing.gif", "landing.mp4", "machine.json", "metrics.csv", "README.md"} <= {
+        path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
+def test_shipped_policy_lands(folder):
+    policy, config, _ = load_policy(folder)
+    returns, _, _ = play(policy, config.env, range(EVALUATION_SEED, EVALUATION_SEED + 8))
+    assert returns.mean() > 150
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda folder: folder.name)
+def test_code_on_the_result_page_runs(folder, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(compile(code, str(folder / "README.md"), "exec"), {})
+    assert float(capsys.readouterr().out) > -1000
+
+
+def test_publishing_a_run_makes_its_page(tmp_path, monkeypatch):
+    run, here = tmp_path / "runs" / "x", tmp_path / "product"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "videos").mkdir()
+    source = ROOT / "results" / "cnn"
+    for name in publish.FILES:
+        shutil.copy(source / name, run)
+    shutil.copy(source / "policy.safetensors", run / "checkpoints")
+    shutil.copy(source / "landing.mp4", run / "videos" / "seed-1000000.mp4")
+    (here / "results").mkdir(parents=True)
+    (here / "README.md").write_text(f"before\n{publish.BEGIN}\nold\n{publish.END}\nafter\n")
+    monkeypatch.setattr(publish, "HERE", here)
+    publish.main([str(run), "cnn"])
+    assert (here / "results" / "cnn" / "README.md").read_text() == (source / "README.md").read_text()
+    readme = (here / "README.md").read_text()
+    assert readme.startswith("before\n")
+    assert readme.endswith("after\n")
+    assert "old" not in readme
+    assert "[cnn](results/cnn)" in readme
+
+
+def test_unfinished_run_is_one_line(tmp_path):
+    with pytest.raises(SystemExit, match=r"publish\.py: .*No such file"):
+        publish.main([str(tmp_path), "x"])
