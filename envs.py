@@ -12,6 +12,7 @@ tests/test_envs.py holds the two together bit for bit.
 Nothing here imports torch: AsyncVectorEnv's workers start by importing this module.
 """
 
+import multiprocessing
 import os
 import signal
 from functools import partial
@@ -273,32 +274,38 @@ class LanderGroup(gym.Env):
     """
 
     def __init__(self, landers, first_index, seed, frame_skip, frame_stack, shrink_factor, color):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which ends its workers itself
+        if multiprocessing.parent_process():  # AsyncVectorEnv also makes one of these in the trainer
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which ends its workers itself
         cv2.setNumThreads(0)  # the cores belong to the workers' own processes
         self.landers = [Lander(frame_skip, frame_stack, shrink_factor, color) for _ in range(landers)]
-        # A generator per lander, so that episodes do not depend on how landers are spread over workers.
-        self.generators = [np.random.default_rng([seed, first_index + i]) for i in range(landers)]
+        self.seed, self.first_index = seed, first_index
+        self.episodes, self.generators = [0] * landers, [self._generator(i) for i in range(landers)]
         self.frames = np.zeros((landers, *self.landers[0].stack.frames.shape), np.uint8)
         self.observation_space = gym.spaces.Box(0, 255, self.frames.shape, np.uint8)
         self.action_space = gym.spaces.MultiDiscrete([NUM_ACTIONS] * landers)
 
+    def _generator(self, i):
+        """A generator per lander, so that episodes do not depend on how landers are spread over workers."""
+        return np.random.default_rng([self.seed, self.first_index + i])
+
     def _begin(self, i):
+        self.episodes[i] += 1
         self.frames[i] = self.landers[i].reset(self.generators[i].integers(TRAINING_SEEDS))
 
     @property
     def state(self):
-        """All that the landers' future depends on, in plain values: [(generator state, episode seed, actions), ...].
+        """All that the landers' future depends on: per lander, the episodes it has begun and the actions of the last.
 
         A Box2D world cannot be stored, but an episode is its seed and its actions: playing them again is bit-exact.
         """
-        pairs = zip(self.generators, self.landers, strict=True)
-        return [(rng.bit_generator.state, lander.seed, list(lander.actions)) for rng, lander in pairs]
+        return [[n, list(lander.actions)] for n, lander in zip(self.episodes, self.landers, strict=True)]
 
     @state.setter
     def state(self, state):
-        for i, (generator, seed, actions) in enumerate(state):
-            self.generators[i].bit_generator.state = generator
-            self.frames[i] = self.landers[i].reset(seed)
+        for i, (episodes, actions) in enumerate(state):
+            self.generators[i], self.episodes[i] = self._generator(i), episodes - 1
+            self.generators[i].integers(TRAINING_SEEDS, size=episodes - 1)  # seeds of episodes that are over
+            self._begin(i)
             for action in actions:
                 self.frames[i] = self.landers[i].step(action)[0]
 
@@ -336,6 +343,43 @@ class LanderGroup(gym.Env):
         return self.frames, rewards, terminated, truncated, info | {"env_frames": env_frames}
 
 
+class WorkerError(Exception):
+    """A worker died, froze or raised; says which, and why."""
+
+
+class LanderVectorEnv(AsyncVectorEnv):
+    """AsyncVectorEnv that says what went wrong in which worker, and that can be closed whatever state it is in."""
+
+    patience = 60  # seconds in which every worker must have stepped all of its landers
+
+    def step(self, actions):
+        try:
+            self.step_async(actions)
+            return self.step_wait(timeout=self.patience)
+        except Exception as error:
+            raise WorkerError(self._cause(error)) from error
+
+    def _cause(self, error):
+        for i, (process, pipe) in enumerate(zip(self.processes, self.parent_pipes, strict=True)):
+            if pipe is None:  # gymnasium has taken its error message
+                return f"worker {i} raised {type(error).__name__}: {error}"
+            process.join(timeout=0.1)
+            if not process.is_alive():
+                return f"worker {i} died, exit code {process.exitcode}"
+        silent = [i for i, pipe in enumerate(self.parent_pipes) if not pipe.poll(0)]
+        return f"worker {', '.join(map(str, silent))} did not answer for {self.patience} s"
+
+    def close_extras(self, **_):
+        """Kill the workers: they hold nothing that is not known here, and one that died or froze cannot be asked."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join(timeout=5)
+        for pipe in self.parent_pipes:
+            if pipe:
+                pipe.close()
+
+
 def make_vector_env(num_envs, num_workers, seed=0, frame_skip=4, frame_stack=4, shrink_factor=8, color=False):
     """num_envs landers over num_workers processes.
 
@@ -347,6 +391,9 @@ def make_vector_env(num_envs, num_workers, seed=0, frame_skip=4, frame_stack=4, 
         "seed": seed, "frame_skip": frame_skip, "frame_stack": frame_stack, "shrink_factor": shrink_factor,
         "color": color}
     groups = [partial(LanderGroup, landers, first_index=w * landers, **settings) for w in range(num_workers)]
-    # copy=False: the caller copies each batch into its rollout at once. forkserver: forking a process whose libraries
-    # have started threads can hang.
-    return AsyncVectorEnv(groups, copy=False, context="forkserver", autoreset_mode=AutoresetMode.DISABLED)
+    try:
+        # copy=False: the caller copies each batch into its rollout at once. forkserver: forking a process whose
+        # libraries have started threads can hang.
+        return LanderVectorEnv(groups, copy=False, context="forkserver", autoreset_mode=AutoresetMode.DISABLED)
+    except (EOFError, OSError) as error:
+        raise WorkerError(f"a worker could not start ({type(error).__name__}); its own words are above") from error

@@ -36,7 +36,7 @@ from checkpoint import (
     save_policy,
 )
 from config import ConfigError, apply_overrides, check_config, load_config, save_config
-from envs import NUM_ACTIONS, OUTCOMES, SELECTION_SEED, make_vector_env
+from envs import NUM_ACTIONS, OUTCOMES, SELECTION_SEED, WorkerError, make_vector_env
 from evaluate import evaluate, play, print_report
 from models import WeightsError
 from plot import draw_run
@@ -255,6 +255,10 @@ def fast_bf16(device):
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})  # x86, x86, ARM
 
 
+class TrainingError(Exception):
+    """Training cannot go on; one line."""
+
+
 class Interrupted(BaseException):
     """Raised between updates after SIGINT or SIGTERM; `code` is the exit status. No error, so no Exception."""
 
@@ -302,7 +306,9 @@ class Trainer:
         self.counters = {
             "env_frames": 0, "updates": 0, "seconds": 0.0, "late": False, "best": None, "next_evaluation": 0}
         self.recent = deque(maxlen=100)  # (return, length, outcome) of the last episodes
+        self.landers = [[1, []] for _ in range(env.num_envs)]  # episodes begun, actions of the last: LanderGroup.state
         self.run_id = None
+        self.between_updates = True
         if state:
             self._restore(state)
         else:
@@ -322,9 +328,20 @@ class Trainer:
         shape, seen = (self.envs.num_envs, self.config.env.num_envs // self.envs.num_envs), []
         for _ in range(decisions):
             actions = torch.randint(NUM_ACTIONS, shape, generator=self.generator).numpy()
-            self.frames = self._frames(self.envs.step(actions)[0])
+            observations, _, terminated, truncated, _ = self.envs.step(actions)
+            self.frames = self._frames(observations)
+            self._follow(actions.reshape(1, -1), (terminated | truncated).reshape(1, -1))
             seen.append(self.frames.clone())
         self.policy.calibrate(torch.cat(seen).to(self.device))
+
+    def _follow(self, actions, ended):
+        """Keep account of what the landers did, so that a checkpoint needs no answer from workers. Both (T, N)."""
+        for row, ends in zip(actions.tolist(), ended.tolist(), strict=True):
+            for lander, action, end in zip(self.landers, row, ends, strict=True):
+                if end:
+                    lander[:] = lander[0] + 1, []
+                else:
+                    lander[1].append(action)
 
     def snapshot(self):
         """What a bit-exact continuation needs besides weights and optimizer, taken between two updates."""
@@ -334,7 +351,7 @@ class Trainer:
             "generator": self.generator.get_state(),
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-            "landers": [list(map(list, group)) for group in self.envs.get_attr("state")],
+            "landers": [[episodes, list(actions)] for episodes, actions in self.landers],
             "run_id": self.run_id,
         }
 
@@ -353,13 +370,26 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.counters, self.run_id = dict(state["counters"]), state["run_id"]
         self.recent.extend(map(tuple, state["recent"]))
+        self._rewind(state)
+
+    def _rewind(self, snapshot):
+        """Put landers and random numbers where they were at `snapshot`."""
+        self.landers = [[episodes, list(actions)] for episodes, actions in snapshot["landers"]]
+        size = len(self.landers) // self.envs.num_envs
+        groups = [self.landers[i : i + size] for i in range(0, len(self.landers), size)]
         self.envs.reset()
-        self.envs.set_attr("state", state["landers"])
+        self.envs.set_attr("state", groups)
         self.frames = self._frames(np.stack(self.envs.call("current_frames")))
-        self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["torch_rng"])
-        if state["cuda_rng"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        self.generator.set_state(snapshot["generator"])
+        torch.set_rng_state(snapshot["torch_rng"])
+        if snapshot["cuda_rng"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state_all(snapshot["cuda_rng"])
+
+    def restart_workers(self, snapshot):
+        """New workers for failed ones. A rollout changes no weights, so `snapshot`, from before it, is enough."""
+        self.envs.close()
+        self.envs = make_vector_env(seed=self.config.run.seed, **self.config.env.model_dump())
+        self._rewind(snapshot)
 
     def update_once(self):
         """Collect, learn, and return this update's metrics."""
@@ -370,8 +400,10 @@ class Trainer:
         torch.set_num_threads(1)  # while the workers have the cores
         self.frames, stats = collect(self.envs, self.policy, self.rollout, self.frames, ppo.reward_scale, self.autocast)
         torch.set_num_threads(self.num_threads)
+        self._follow(self.rollout.actions, self.rollout.terminated | self.rollout.truncated)
         collected = time.perf_counter()
         advantages, returns = compute_advantages(self.rollout, ppo.gamma, ppo.gae_lambda)
+        self.between_updates = False
         learned = update(
             self.policy, self.optimizer, self.rollout, advantages, returns, ppo, entropy_coef, self.autocast,
             self.generator)
@@ -415,26 +447,38 @@ class Trainer:
         counters["seconds"] += time.perf_counter() - start
 
     def close(self):
-        self.envs.close(terminate=True)
+        self.envs.close()
+
+
+MAX_FAILURES = 3  # of workers, in one rollout
 
 
 def train(trainer, tracker):
     """Update until total_frames are done, saving as it goes; raises Interrupted after SIGINT or SIGTERM, saved too."""
     config, counters, watch = trainer.config, trainer.counters, SignalWatch()
     progress = Progress(config.ppo.total_frames, counters["env_frames"])
-    boundary, saved = trainer.snapshot(), counters["env_frames"]
+    boundary, saved, failures = trainer.snapshot(), counters["env_frames"], 0
     try:
         while counters["env_frames"] < config.ppo.total_frames:
             try:
                 metrics = trainer.update_once()
-            except (EOFError, BrokenPipeError, ConnectionError):
+            except WorkerError as error:
                 time.sleep(0.2)  # a signal to the whole group may reach the workers before it reaches us
                 watch.check()
-                raise
+                failures += 1
+                if failures > MAX_FAILURES:
+                    raise TrainingError(f"{error}, after {MAX_FAILURES} restarts") from error
+                progress.say(f"{error}; going on with new workers, which repeat this rollout")
+                trainer.restart_workers(boundary)
+                continue
+            except FloatingPointError as error:
+                raise TrainingError(
+                    f"update {counters['updates'] + 1}: {error}; stopped before the optimizer used it. Go on from the "
+                    f"last good checkpoint: python train.py --resume {trainer.folder}") from None
             trainer.select(metrics)
             tracker.log(metrics | {"speed/total_seconds": counters["seconds"]}, counters["env_frames"])
             progress.show(counters["env_frames"], metrics, counters["seconds"])
-            boundary = trainer.snapshot()
+            boundary, trainer.between_updates, failures = trainer.snapshot(), True, 0
             watch.check()
             if counters["env_frames"] - saved >= config.tracking.checkpoint_interval:
                 saved = counters["env_frames"]
@@ -445,7 +489,7 @@ def train(trainer, tracker):
     finally:
         progress.close()
         # Collecting changes no weights, so the last boundary is whole even if an update was cut off in its rollout.
-        if boundary["counters"]["env_frames"] > 0:
+        if trainer.between_updates and boundary["counters"]["env_frames"] > 0:
             trainer.save(boundary)
 
 
@@ -525,7 +569,7 @@ def main(argv=None):
             train(trainer, tracker)
             trainer.close()
             finish(trainer, tracker)
-    except (ConfigError, CheckpointError, TrackingError, WeightsError) as error:
+    except (ConfigError, CheckpointError, TrackingError, TrainingError, WeightsError, WorkerError) as error:
         sys.exit(f"train.py: {error}")
     except Interrupted as interruption:
         print(f"{interruption}: saved; go on with: python train.py --resume {folder}", flush=True)

@@ -33,7 +33,7 @@ def random_play(config):
     frames = [envs.reset()[0].copy()]
     while len(frames) < DECISIONS:
         frames.append(envs.step(rng.integers(NUM_ACTIONS, size=envs.action_space.shape))[0].copy())
-    envs.close(terminate=True)
+    envs.close()
     return torch.from_numpy(np.stack(frames)).flatten(1, 2)
 
 
@@ -92,7 +92,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=5)
     args = parser.parse_args()
     threads = torch.get_num_threads()
-    print("| config | parameters | multiply-adds per decision | chosen per second | learned from per second, one pass |")
+    print("| config | parameters | multiply-adds per decision | chosen per second | learned from per second |")
     print("| --- | --- | --- | --- | --- |")
     for path in args.configs:
         torch.set_num_threads(threads)

@@ -1,5 +1,9 @@
 """The frames we draw are the frames of gymnasium's own renderer, bit for bit."""
 
+import multiprocessing
+import os
+import signal
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from envs import (
     Lander,
     LanderGroup,
     RenderedLander,
+    WorkerError,
     make_vector_env,
     shrink,
 )
@@ -156,7 +161,52 @@ def test_vector_env_equals_its_landers_played_alone():
                     assert OUTCOMES[int(own["episode_outcome"][0])] in ("crash", "out_of_sight")
         assert endings > 3
     finally:
-        envs.close(terminate=True)
+        envs.close()
+
+
+@pytest.fixture
+def pair():
+    envs = make_vector_env(num_envs=4, num_workers=2, **SETTINGS)
+    envs.reset()
+    yield envs
+    envs.close()
+    assert not any(process.is_alive() for process in envs.processes)
+
+
+NOTHING = np.zeros((2, 2), int)
+
+
+def test_killed_worker_is_named(pair):
+    os.kill(pair.processes[1].pid, signal.SIGKILL)
+    with pytest.raises(WorkerError, match="worker 1 died, exit code -9"):
+        for _ in range(3):
+            pair.step(NOTHING)
+
+
+def test_frozen_worker_is_named(pair):
+    pair.step(NOTHING)
+    pair.patience = 1
+    os.kill(pair.processes[0].pid, signal.SIGSTOP)
+    with pytest.raises(WorkerError, match="worker 0 did not answer for 1 s"):
+        pair.step(NOTHING)
+
+
+def test_raising_worker_is_named_with_its_cause(pair):
+    with pytest.raises(WorkerError, match="worker 1 raised AssertionError: 9"):
+        pair.step(np.array([[0, 0], [0, 9]]))
+
+
+def test_worker_that_cannot_start(monkeypatch):
+    monkeypatch.setattr("envs.partial", lambda *args, **settings: FailsInWorker())
+    with pytest.raises(WorkerError, match="could not start"):
+        make_vector_env(num_envs=4, num_workers=2, **SETTINGS)
+
+
+class FailsInWorker:
+    def __call__(self):
+        if multiprocessing.parent_process():
+            raise RuntimeError("no such lander")
+        return LanderGroup(2, 0, 0, **SETTINGS)
 
 
 def test_truncated_episode_hands_over_its_last_frames(monkeypatch):
@@ -197,7 +247,7 @@ def test_state_restores_landers_in_mid_episode():
     group.reset()
     for _ in range(40):
         group.step(rng.integers(4, size=3))
-    other = LanderGroup(3, 0, 99, **SETTINGS)
+    other = LanderGroup(3, 0, 7, **SETTINGS)
     other.state = group.state
     np.testing.assert_array_equal(other.current_frames(), group.current_frames())
     for _ in range(60):

@@ -137,6 +137,21 @@ def test_resumed_run_equals_the_run_that_was_never_stopped(number, whole_group, 
     assert found.info.status == "FINISHED"
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_worker_is_replaced_and_changes_nothing(number, whole_run, tmp_path):
+    folder, _ = whole_run
+    process = start(tmp_path, "--config", ROOT / "configs/cnn.yaml", "run.name=hurt", "tracking.mlflow=false", *TINY)
+    wait_for_rows(process, tmp_path / "runs" / "hurt", 2)
+    trainer = psutil.Process(process.pid)
+    workers = [child for child in trainer.children(recursive=True) if child.ppid() != process.pid]
+    assert len(workers) == 2
+    workers[0].send_signal(number)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    assert re.search(rf"worker \d died, exit code -{int(number)}; going on with new workers", output)
+    assert without_speed(rows(tmp_path / "runs" / "hurt")) == without_speed(rows(folder / "runs" / "whole"))
+
+
 def test_resume_refuses_another_config(whole_run):
     folder, _ = whole_run
     done = run(folder, "--resume", "runs/whole", "ppo.gamma=0.5", ok=False)
