@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from config import PPO, Config
+from models import POLICIES
 from train import Rollout, collect, compute_advantages, explained_variance, ppo_loss, schedule, update
 
 FP32 = torch.autocast("cpu", enabled=False)
@@ -128,12 +129,13 @@ def test_schedule_anneals_and_knows_the_late_stage():
 class ProbeEnvs:
     """An environment in the form of AsyncVectorEnv with one worker, for rules written as plain functions.
 
-    rule(step, observation, action) -> (reward, ended); observations are -1 or 1, stored as frames 0 and 255.
+    rule(step, observation, action) -> (reward, ended); observations are -1 or 1, shown as frames all 0 or all 255.
     """
 
     num_envs = 1
 
-    def __init__(self, rule, random_observation, landers=16):
+    def __init__(self, rule, random_observation, landers=16, shape=(1, 1, 1)):
+        self.shape = shape  # K, H, W
         self.rule, self.random, self.rng = rule, random_observation, np.random.default_rng(0)
         self.landers, self.steps = landers, np.zeros(landers, int)
         self.observations = np.stack([self._begin() for _ in range(landers)])
@@ -142,7 +144,7 @@ class ProbeEnvs:
         return self.rng.choice([0, 255]) if self.random else 255
 
     def frames(self):
-        return self.observations.astype(np.uint8).reshape(1, self.landers, 1, 1, 1)
+        return np.tile(self.observations.astype(np.uint8).reshape(1, self.landers, 1, 1, 1), self.shape)
 
     def step(self, actions):
         rewards, terminated = np.zeros((1, self.landers), np.float32), np.zeros((1, self.landers), bool)
@@ -171,21 +173,22 @@ class TinyPolicy(nn.Module):
         return self.actor(hidden), self.critic(hidden)[:, 0]
 
 
-def learn(rule, random_observation, updates=60, **settings):
-    """Train TinyPolicy with collect, compute_advantages and update; probabilities (2, 2) and values (2,) at -1, 1."""
+def learn(rule, random_observation, updates=60, policy=None, stack=1, shape=(1, 1, 1), learning_rate=1e-2, **settings):
+    """Train a policy with collect, compute_advantages and update; probabilities (2, 2) and values (2,) at -1, 1."""
     torch.manual_seed(0)
-    envs, policy, generator = ProbeEnvs(rule, random_observation), TinyPolicy(), torch.Generator().manual_seed(0)
+    envs, generator = ProbeEnvs(rule, random_observation, shape=shape), torch.Generator().manual_seed(0)
+    policy = policy or TinyPolicy()
     ppo = PPO(**{"gamma": 0.5, "gae_lambda": 0.95, "num_minibatches": 4, "entropy_coef": 0.0, **settings})
-    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate)
     frames = torch.from_numpy(envs.frames()[0])
-    rollout = Rollout.empty(8, envs.landers, 1, policy.look(frames))
+    rollout = Rollout.empty(8, envs.landers, stack, policy.look(frames.chunk(stack, dim=1)[-1]))
     for _ in range(updates):
         frames, _ = collect(envs, policy, rollout, frames, 1.0, FP32)
         advantages, returns = compute_advantages(rollout, ppo.gamma, ppo.gae_lambda)
         update(policy, optimizer, rollout, advantages, returns, ppo, 0.0, FP32, generator)
     with torch.no_grad():
-        seen = policy.look(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1))
-        logits, values = policy(seen, torch.tensor([[0], [1]]))
+        both = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, shape[0] // stack, *shape[1:])
+        logits, values = policy.eval()(policy.look(both), torch.tensor([[0] * stack, [1] * stack]))
     return logits.softmax(-1).numpy(), values.numpy()
 
 
@@ -214,6 +217,35 @@ def test_probe_policy_from_observation():
     probabilities, _ = learn(lambda step, seen, action: (1.0 if (action == 1) == (seen == 1) else -1.0, True), True)
     assert probabilities[0, 0] > 0.95
     assert probabilities[1, 1] > 0.95
+
+
+def small_policy(name):
+    """A shipped policy for stacks of two gray frames of 32x32 pixels and two actions."""
+    torch.manual_seed(0)
+    small = {} if name == "cnn" else {"width": 32, "heads": 2, "layers": 1}
+    options = POLICIES[name].Options(glimpse=0, mirror=False, features=32, **small)
+    return POLICIES[name](options, stack=2, planes=1, height=32, width=32, num_actions=2)
+
+
+PIXELS = {"stack": 2, "shape": (2, 32, 32), "learning_rate": 2e-3, "updates": 25}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_probe_policy_from_pixels(name):
+    probabilities, _ = learn(
+        lambda step, seen, action: (1.0 if (action == 1) == (seen == 1) else -1.0, True), True,
+        policy=small_policy(name), **PIXELS)
+    assert probabilities[0, 0] > 0.9
+    assert probabilities[1, 1] > 0.9
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_probe_value_and_discounting_from_pixels(name):
+    _, values = learn(
+        lambda step, seen, action: (float(step == 1), step == 1), False, policy=small_policy(name), segment_length=4,
+        **PIXELS)
+    # The second step shows a dark frame after a bright one; the first, two bright ones. Learned on just those.
+    assert values[1] == pytest.approx(0.5, abs=0.15)
 
 
 def test_first_minibatch_has_ratio_one():
