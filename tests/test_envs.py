@@ -209,10 +209,10 @@ class FailsInWorker:
         return LanderGroup(2, 0, 0, **SETTINGS)
 
 
-def test_truncated_episode_hands_over_its_last_frames(monkeypatch):
+def test_truncated_episode_hands_over_its_last_frames():
     group = LanderGroup(1, 0, 0, **SETTINGS)
     group.reset()
-    group.landers[0].env.env._max_episode_steps = 42  # gymnasium's TimeLimit
+    group.landers[0].env._max_episode_steps = 42  # the outermost wrapper, TimeLimit
     group.landers[0].reset(5)
     twin = Lander(**SETTINGS)
     twin.reset(5)
