@@ -286,10 +286,9 @@ class TemporalResNet(Temporal):
         @field_validator("resnet")
         @classmethod
         def _exists(cls, value):
-            from torchvision.models import list_models
+            from torchvision import models
 
-            names = list_models(include=["resnet*", "resnext*", "wide_resnet*"])
-            names = [name for name in names if name in list_models(module=_resnet_module())]
+            names = models.list_models(module=models, include=["resnet*", "resnext*", "wide_resnet*"])
             if value not in names:
                 raise ValueError(f"must be one of {', '.join(names)}")
             return value
@@ -412,12 +411,6 @@ class TemporalResNet(Temporal):
         others = [p for p in self.parameters() if p.requires_grad and id(p) not in inside]
         groups = [{"params": others, "lr_scale": 1.0}]
         return groups + [{"params": encoder, "lr_scale": self.options.encoder_learning_rate}] * bool(encoder)
-
-
-def _resnet_module():
-    from torchvision.models import resnet
-
-    return resnet
 
 
 class Transformer(Temporal):

@@ -1,21 +1,27 @@
 """Where the numbers of a run go: metrics.csv, MLflow, and the progress line.
 
-    with Tracker(config, "runs/NAME") as tracker:
+    with Tracker(config, "runs/NAME", threads=2) as tracker:
         tracker.log({"rollout/return_mean": 12.3, ...}, env_frames)
 
 The CSV gets exactly what MLflow gets, so a curve survives without a server.
 """
 
 import csv
+import errno
 import json
 import os
 import platform
 import subprocess
 import sys
+import threading
+import time
+from collections import deque
 from importlib.metadata import version
 from pathlib import Path
 
 from tqdm import tqdm
+
+from checkpoint import write_atomically
 
 # MLflow reads these when it is imported; its default of 7 retries would take minutes to notice a dead server.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -29,14 +35,15 @@ class TrackingError(Exception):
     """MLflow cannot be reached at the start; one line."""
 
 
-def machine_tags():
-    """Git commit, package versions and machine, as MLflow tags."""
+def machine_tags(threads):
+    """Git commit, package versions, machine and threads: what a run's numbers may depend on besides its config."""
     here = Path(__file__).parent
     git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
     tags = {"git_commit": git.stdout.strip() or "unknown", "python": platform.python_version()}
     tags |= {f"version.{package}": version(package) for package in PACKAGES}
     cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
-    return tags | {"machine": f"{platform.system()} {platform.machine()}, {cpu}, {os.cpu_count()} cores"}
+    machine = f"{platform.system()} {platform.machine()}, {cpu}, {os.cpu_count()} cores"
+    return tags | {"machine": machine, "threads": str(threads)}
 
 
 def _lines(path):
@@ -46,11 +53,15 @@ def _lines(path):
         return []
 
 
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class Metrics:
     """metrics.csv: one row per update, first column `frames`. Columns are fixed by the first row."""
 
     def __init__(self, path):
-        self.path, self.columns = Path(path), None
+        self.path, self.columns, self.waiting = Path(path), None, []
         if self.path.exists():
             with open(self.path, newline="") as file:
                 self.columns = next(csv.reader(file), None)
@@ -60,29 +71,85 @@ class Metrics:
         if self.columns:
             header, *rows = self.path.read_text().splitlines(keepends=True)
             kept = [row for row in rows if row.endswith("\n") and int(row.split(",", 1)[0]) <= frames]
-            self.path.write_text(header + "".join(kept))
+            write_atomically(self.path, (header + "".join(kept)).encode())
 
     def append(self, row):
-        new = self.columns is None
-        self.columns = self.columns or list(row)
-        with open(self.path, "a", newline="") as file:
-            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        """OSError leaves the file as it was; the row is written together with the next one."""
+        if self.columns is None:
+            self.columns = list(row)
+            self.waiting.append(",".join(self.columns) + "\n")
+        self.waiting.append(",".join(str(row[key]) for key in self.columns) + "\n")
+        with open(self.path, "ab", buffering=0) as file:
+            size, data = file.tell(), "".join(self.waiting).encode()
+            try:
+                if file.write(data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(size)
+                raise
+        self.waiting.clear()
+
+
+class Sender(threading.Thread):
+    """Sends metrics to MLflow beside the training; what cannot be sent is kept until the store answers again."""
+
+    def __init__(self, client, run_id, interval=5.0):
+        super().__init__(daemon=True)
+        self.client, self.run_id, self.interval = client, run_id, interval
+        self.waiting, self.ended, self.trouble = deque(), threading.Event(), None
+
+    def run(self):
+        while not self.ended.wait(self.interval):
+            self.send()
+
+    def send(self):
+        """Send what waits, oldest first; False if the store did not take it."""
+        while self.waiting:
+            rows = [self.waiting[i] for i in range(min(len(self.waiting), 40))]  # MLflow takes 1,000 metrics a call
+            try:
+                self.client.log_batch(self.run_id, [metric for row in rows for metric in row])
+            except Exception as error:  # whatever the store raises, training must not notice
+                if not self.trouble:
+                    print(f"MLflow: {_first_line(error)}; training goes on, and metrics are kept to be sent later",
+                          file=sys.stderr)
+                self.trouble = error
+                return False
+            for _ in rows:
+                self.waiting.popleft()
+            if self.trouble:
+                print("MLflow answers again; what was kept is sent", file=sys.stderr)
+            self.trouble = None
+        return True
+
+    def close(self, patience=30.0):
+        """Send the rest, trying for `patience` seconds; the number of updates that could not be sent."""
+        self.ended.set()
+        deadline = time.monotonic() + patience
+        self.join(patience)
+        while not self.is_alive() and not self.send() and time.monotonic() < deadline:
+            time.sleep(1)
+        return len(self.waiting)
 
 
 class Tracker:
     """Use as a context: leaving it ends the MLflow run as FINISHED, KILLED (interrupted) or FAILED (any error)."""
 
-    def __init__(self, config, run_folder, run_id=None):
+    def __init__(self, config, run_folder, threads, run_id=None):
         self.folder, self.settings = Path(run_folder), config.tracking
-        self.metrics = Metrics(self.folder / "metrics.csv")
-        self.tags = machine_tags()
-        (self.folder / "machine.json").write_text(json.dumps(self.tags, indent=2) + "\n")
-        self.client, self.run_id, self.trouble = None, run_id, None
+        self.metrics, self.tags = Metrics(self.folder / "metrics.csv"), machine_tags(threads)
+        self._tell_differences()
+        self.client, self.run_id, self.sender, self.trouble = None, run_id, None, None
         if self.settings.mlflow:
             self._start_mlflow(config)
+
+    def _tell_differences(self):
+        """A run is repeated bit for bit only by the same code, packages, machine and number of threads."""
+        file = self.folder / "machine.json"
+        before = json.loads(file.read_text()) if file.exists() else self.tags
+        changed = [f"{key} was {before.get(key)}, is {now}" for key, now in self.tags.items() if before.get(key) != now]
+        if changed:
+            print(f"this run began elsewhere, so it goes on well but not bit for bit: {'; '.join(changed)}")
+        file.write_text(json.dumps(self.tags, indent=2) + "\n")
 
     def _start_mlflow(self, config):
         import mlflow
@@ -92,47 +159,51 @@ class Tracker:
             mlflow.set_tracking_uri(self.settings.uri)
             self.client = mlflow.MlflowClient()
             experiment = mlflow.set_experiment(self.settings.experiment).experiment_id
-            if self.run_id is not None:
-                self.client.update_run(self.run_id, status="RUNNING")
-                return
-            tags = self.tags | {"mlflow.runName": self.folder.name, "mlflow.source.name": "train.py"}
-            self.run_id = self.client.create_run(experiment, tags=tags).info.run_id
-            params = [Param(key, str(value)) for key, value in config.flat().items()]
-            self.client.log_batch(self.run_id, params=params, tags=[RunTag("run_folder", self.folder.name)])
+            if self.run_id is None or not self._reopen():
+                tags = self.tags | {"mlflow.runName": self.folder.name, "mlflow.source.name": "train.py"}
+                self.run_id = self.client.create_run(experiment, tags=tags).info.run_id
+                params = [Param(key, str(value)) for key, value in config.flat().items()]
+                self.client.log_batch(self.run_id, params=params, tags=[RunTag("run_folder", self.folder.name)])
         except Exception as error:  # whatever the store raises, the user needs one line of it
-            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise TrackingError(
-                f"MLflow store {self.settings.uri} cannot be used: {line}; tracking.mlflow=false trains without it"
-            ) from error
+                f"MLflow store {self.settings.uri} cannot be used: {_first_line(error)}; tracking.mlflow=false trains "
+                "without it") from error
+        self.sender = Sender(self.client, self.run_id)
+        self.sender.start()
+
+    def _reopen(self):
+        """Go on with the MLflow run of a resumed training; False if it is no longer there."""
+        try:
+            if self.client.get_run(self.run_id).info.lifecycle_stage == "active":
+                self.client.update_run(self.run_id, status="RUNNING")
+                return True
+        except Exception as error:
+            print(f"MLflow: {_first_line(error)}", file=sys.stderr)
+        print(f"MLflow run {self.run_id} is gone; a new one takes its place", file=sys.stderr)
+        return False
 
     def log(self, metrics, frames):
         """metrics: {name: number}, nan for what this update did not measure; `frames` is the x axis."""
-        self.metrics.append({"frames": frames} | metrics)
-        if self.client:
-            self._try(self._send, {k: v for k, v in metrics.items() if v == v}, frames)
+        self._try("metrics.csv", self.metrics.append, {"frames": frames} | metrics)
+        if self.sender:
+            from mlflow.entities import Metric
 
-    def _send(self, metrics, frames):
-        from mlflow.entities import Metric
-        from mlflow.utils.time import get_current_time_millis
-
-        now = get_current_time_millis()
-        self.client.log_batch(
-            self.run_id, [Metric(k, float(v), now, frames) for k, v in metrics.items()], synchronous=False)
+            now = int(time.time() * 1000)
+            self.sender.waiting.append([Metric(k, float(v), now, frames) for k, v in metrics.items() if v == v])
 
     def artifact(self, path, folder=None):
         if self.client and Path(path).exists():
             log = self.client.log_artifacts if Path(path).is_dir() else self.client.log_artifact
-            self._try(log, self.run_id, str(path), folder)
+            self._try("MLflow", log, self.run_id, str(path), folder)
 
-    def _try(self, call, *args):
-        """MLflow trouble never costs training: it is told once, and metrics.csv has the numbers."""
+    def _try(self, what, call, *args):
+        """Trouble with records never costs training: it is told once."""
         try:
             call(*args)
         except Exception as error:
             if not self.trouble:
                 self.trouble = error
-                print(f"MLflow: {str(error).strip().splitlines()[0]}; training goes on, metrics.csv has every number",
-                      file=sys.stderr)
+                print(f"{what}: {_first_line(error)}; training goes on", file=sys.stderr)
 
     def __enter__(self):
         return self
@@ -140,16 +211,12 @@ class Tracker:
     def __exit__(self, kind, error, traceback):
         if not self.client:
             return
+        left = self.sender.close()
+        if left:
+            print(f"MLflow lacks the last {left} updates; {self.folder / 'metrics.csv'} has them", file=sys.stderr)
         # What is no Exception, as KeyboardInterrupt, was the user's wish.
         status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
-
-        def finish():
-            import mlflow
-
-            mlflow.flush_async_logging()
-            self.client.set_terminated(self.run_id, status)
-
-        self._try(finish)
+        self._try("MLflow", self.client.set_terminated, self.run_id, status)
 
 
 class Progress:

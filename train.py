@@ -35,7 +35,7 @@ from checkpoint import (
     save_checkpoint,
     save_policy,
 )
-from config import ConfigError, apply_overrides, check_config, load_config, save_config
+from config import ConfigError, apply_overrides, check_config, load_config, parse_yaml, save_config
 from envs import NUM_ACTIONS, OUTCOMES, SELECTION_SEED, WorkerError, make_vector_env
 from evaluate import evaluate, play, print_report
 from models import WeightsError
@@ -108,6 +108,8 @@ def collect(envs, policy, rollout, frames, reward_scale, autocast):
     for t in range(len(rollout.actions)):
         logits, value = decide(t)
         log_probs = logits.log_softmax(-1)
+        if not torch.isfinite(log_probs.sum() + value.sum()):
+            raise FloatingPointError("the policy's logits or values are not finite")
         action = torch.multinomial(log_probs.exp(), 1)  # (N, 1)
         rollout.actions[t] = action[:, 0]
         rollout.log_probs[t] = log_probs.gather(1, action)[:, 0]
@@ -115,6 +117,8 @@ def collect(envs, policy, rollout, frames, reward_scale, autocast):
 
         batch = envs.step(action.view(envs.num_envs, -1).cpu().numpy())
         observations, rewards, terminated, truncated, info = batch
+        if not np.isfinite(rewards).all():
+            raise FloatingPointError("a reward is not finite")
         frames = torch.from_numpy(observations.reshape(frames.shape))
         look(stack + t, frames.chunk(stack, dim=1)[-1])
         rollout.rewards[t] = torch.from_numpy(rewards.reshape(num_envs)).to(rollout.rewards) * reward_scale
@@ -260,7 +264,7 @@ class TrainingError(Exception):
 
 
 class Interrupted(BaseException):
-    """Raised between updates after SIGINT or SIGTERM; `code` is the exit status. No error, so no Exception."""
+    """SIGINT or SIGTERM; `code` is the exit status. It is no error, so no Exception."""
 
     def __init__(self, number):
         super().__init__(signal.Signals(number).name)
@@ -268,16 +272,21 @@ class Interrupted(BaseException):
 
 
 class SignalWatch:
-    """Remembers the first SIGINT or SIGTERM, so that a run ends between two updates; the second ends it at once."""
+    """Turns the first SIGINT or SIGTERM into Interrupted, at once or, if `patient`, at the next `check`.
+
+    The second one ends the process as if there were no watch.
+    """
 
     def __init__(self):
-        self.received = None
+        self.received, self.patient = None, False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._receive)
 
     def _receive(self, number, _):
         self.received = number
         signal.signal(number, signal.SIG_DFL)
+        if not self.patient:
+            self.check()
 
     def check(self):
         if self.received:
@@ -291,6 +300,10 @@ class Trainer:
         self.config, self.folder, run, env = config, folder, config.run, config.env
         automatic = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(automatic if run.device == "auto" else run.device)
+        if self.device.type == "cuda" and (self.device.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(
+                f"run.device={run.device}: this machine has {torch.cuda.device_count()} GPUs that torch can use; "
+                "run.device=auto takes what there is")
         self.num_threads = run.num_threads or len(os.sched_getaffinity(0))
         self.autocast = torch.autocast(
             self.device.type, torch.bfloat16, enabled=fast_bf16(self.device) if run.bf16 is None else run.bf16)
@@ -442,8 +455,8 @@ class Trainer:
         metrics["eval/return_mean"] = float(returns.mean())
         metrics["eval/landed_rate"] = float((outcomes == OUTCOMES.index("rest")).mean())
         if counters["best"] is None or returns.mean() > counters["best"]:
-            counters["best"] = float(returns.mean())
             save_policy(self.folder / "checkpoints" / POLICY_FILE, self.policy, self.config, counters["env_frames"])
+            counters["best"] = float(returns.mean())
         counters["seconds"] += time.perf_counter() - start
 
     def close(self):
@@ -453,11 +466,11 @@ class Trainer:
 MAX_FAILURES = 3  # of workers, in one rollout
 
 
-def train(trainer, tracker):
+def train(trainer, tracker, watch):
     """Update until total_frames are done, saving as it goes; raises Interrupted after SIGINT or SIGTERM, saved too."""
-    config, counters, watch = trainer.config, trainer.counters, SignalWatch()
+    config, counters = trainer.config, trainer.counters
     progress = Progress(config.ppo.total_frames, counters["env_frames"])
-    boundary, saved, failures = trainer.snapshot(), counters["env_frames"], 0
+    boundary, saved, failures, watch.patient = trainer.snapshot(), counters["env_frames"], 0, True
     try:
         while counters["env_frames"] < config.ppo.total_frames:
             try:
@@ -475,22 +488,31 @@ def train(trainer, tracker):
                 raise TrainingError(
                     f"update {counters['updates'] + 1}: {error}; stopped before the optimizer used it. Go on from the "
                     f"last good checkpoint: python train.py --resume {trainer.folder}") from None
-            trainer.select(metrics)
+            try:
+                trainer.select(metrics)
+            except OSError as error:
+                progress.say(f"best policy not saved ({error.strerror}); training goes on")
             tracker.log(metrics | {"speed/total_seconds": counters["seconds"]}, counters["env_frames"])
             progress.show(counters["env_frames"], metrics, counters["seconds"])
             boundary, trainer.between_updates, failures = trainer.snapshot(), True, 0
             watch.check()
             if counters["env_frames"] - saved >= config.tracking.checkpoint_interval:
-                saved = counters["env_frames"]
                 try:
                     trainer.save(boundary)
+                    saved = counters["env_frames"]
                 except OSError as error:
                     progress.say(f"checkpoint not saved ({error.strerror}); training goes on and will try again")
     finally:
         progress.close()
         # Collecting changes no weights, so the last boundary is whole even if an update was cut off in its rollout.
-        if trainer.between_updates and boundary["counters"]["env_frames"] > 0:
-            trainer.save(boundary)
+        if trainer.between_updates and boundary["counters"]["updates"] > 0:
+            try:
+                trainer.save(boundary)
+            except OSError as error:
+                raise TrainingError(
+                    f"the last checkpoint could not be saved ({error.strerror}); those in {trainer.folder}/checkpoints "
+                    "are older") from None
+        watch.patient = False
 
 
 def finish(trainer, tracker):
@@ -517,14 +539,15 @@ RESUMABLE = ("ppo.total_frames", "run.device", "run.num_threads", "evaluation.",
 
 def resume_config(saved, overrides):
     """The config of a checkpoint with those overrides that may change in mid-run."""
-    tree = {section: dict(keys) for section, keys in saved.items()}
-    before, after = check_config(tree), apply_overrides(tree, overrides)
-    changed = {key: (value, after.flat()[key]) for key, value in before.flat().items() if after.flat()[key] != value}
-    fixed = {key: change for key, change in changed.items() if not key.startswith(RESUMABLE)}
+    before = check_config({section: dict(keys) for section, keys in saved.items()}).flat()
+    fixed = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key in before and not key.startswith(RESUMABLE) and str(before[key]) != str(parse_yaml(value, override)):
+            fixed.append(f"{key} was {before[key]!r}, asked for {value}")
     if fixed:
-        raise ConfigError("a resumed run keeps its config: " + ", ".join(
-            f"{key} was {was!r}, asked for {now!r}" for key, (was, now) in fixed.items()))
-    return after
+        raise ConfigError("a resumed run keeps its config: " + ", ".join(fixed))
+    return apply_overrides({section: dict(keys) for section, keys in saved.items()}, overrides)
 
 
 def start_run(args):
@@ -558,21 +581,27 @@ def main(argv=None):
     args = parser.parse_intermixed_args(argv)
     if (args.config is None) == (args.resume is None):
         parser.error("give either --config FILE or --resume RUN")
-    trainer = None
+    trainer, folder, watch = None, None, SignalWatch()
     try:
         config, folder, state = start_run(args)
         trainer = Trainer(config, folder, state)
-        with Tracker(config, folder, trainer.run_id) as tracker:
+        with Tracker(config, folder, trainer.num_threads, trainer.run_id) as tracker:
             trainer.run_id = tracker.run_id
             total = config.ppo.total_frames
             print(f"{folder}: {config.model.name}, {trainer.device.type}, {total:,} frames", flush=True)
-            train(trainer, tracker)
+            train(trainer, tracker, watch)
             trainer.close()
             finish(trainer, tracker)
-    except (ConfigError, CheckpointError, TrackingError, TrainingError, WeightsError, WorkerError) as error:
+    except (ConfigError, CheckpointError, TrackingError, TrainingError, WeightsError, WorkerError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(
+            f"train.py: {str(error).splitlines()[0]} A larger ppo.num_minibatches, or smaller env.num_envs, "
+            "ppo.num_steps or model, needs less.")
     except Interrupted as interruption:
-        print(f"{interruption}: saved; go on with: python train.py --resume {folder}", flush=True)
+        saved = folder and any(folder.glob("checkpoints/*.ckpt"))
+        print(f"{interruption}: " + (f"saved; go on with: python train.py --resume {folder}" if saved else
+                                     "stopped before there was anything to save"), flush=True)
         sys.exit(interruption.code)
     finally:
         if trainer:

@@ -263,6 +263,7 @@ def test_weights_that_do_not_fit_or_cannot_be_had(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("settings", [
     {"name": "temporal_resnet", "resnet": "resnet19"},
+    {"name": "temporal_resnet", "resnet": "fcn_resnet50"},
     {"name": "temporal_resnet", "depth": "layer1", "frozen": "layer2"},
     {"name": "transformer", "width": 30, "heads": 4},
     {"name": "transformer", "patch": 7},
@@ -270,6 +271,13 @@ def test_weights_that_do_not_fit_or_cannot_be_had(tmp_path, monkeypatch):
 def test_options_that_cannot_be(settings):
     with pytest.raises(ConfigError, match=r"must|should"):
         check_config({"model": settings})
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
+def test_any_resnet_of_torchvision_will_do(name, frames):
+    config = check_config({"model": {"name": "temporal_resnet", "resnet": name, "depth": "layer2"}})
+    policy = make_policy(config.model, **SHAPE).eval()
+    assert policy(*policy.see(frames[:2]))[0].shape == (2, 4)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

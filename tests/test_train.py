@@ -1,53 +1,23 @@
 """Real training runs, end to end, from the command line."""
 
-import csv
 import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-import mlflow
 import psutil
 import pytest
 import torch
+from runs import CONFIG, ROOT, TINY, only_run, rows, run, start, wait_for_rows, without_speed, workers_of
 
 from checkpoint import load_checkpoint
-
-ROOT = Path(__file__).parent.parent
-TINY = [
-    "env.num_envs=4", "ppo.num_steps=32", "ppo.num_minibatches=2", "ppo.total_frames=3000", "evaluation.interval=2000",
-    "evaluation.selection_episodes=2", "evaluation.episodes=2", "evaluation.videos=1", "model.features=32",
-    "tracking.checkpoint_interval=500", "run.num_threads=1"]
-
-
-def command(*args):
-    return [sys.executable, str(ROOT / "train.py"), *map(str, args)]
-
-
-def run(folder, *args, ok=True):
-    done = subprocess.run(command(*args), cwd=folder, capture_output=True, text=True, timeout=300, check=False)
-    assert not ok or done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-def rows(folder):
-    with open(folder / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def without_speed(table):
-    return [{key: value for key, value in row.items() if not key.startswith("speed/")} for row in table]
 
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     """A short run that nothing disturbed, in a folder whose name has a space."""
     folder = tmp_path_factory.mktemp("a run")
-    done = run(folder, "--config", ROOT / "configs/cnn.yaml", "run.name=whole", *TINY)
+    done = run(folder, "--config", CONFIG, "run.name=whole", *TINY)
     return folder, done
 
 
@@ -66,9 +36,7 @@ def test_a_run_leaves_its_files(whole_run):
 
 def test_mlflow_has_what_the_csv_has(whole_run):
     folder, _ = whole_run
-    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
-    experiment = client.get_experiment_by_name("lunar-lander")
-    (found,) = client.search_runs([experiment.experiment_id])
+    client, found = only_run(folder)
     assert found.info.status == "FINISHED"
     assert found.info.run_name == "whole"
     assert found.data.params["ppo.total_frames"] == "3000"
@@ -86,23 +54,8 @@ def test_mlflow_has_what_the_csv_has(whole_run):
 
 def test_same_seed_same_numbers(whole_run, tmp_path):
     folder, _ = whole_run
-    run(tmp_path, "--config", ROOT / "configs/cnn.yaml", "run.name=again", "tracking.mlflow=false", *TINY)
+    run(tmp_path, "--config", CONFIG, "run.name=again", "tracking.mlflow=false", *TINY)
     assert without_speed(rows(tmp_path / "runs" / "again")) == without_speed(rows(folder / "runs" / "whole"))
-
-
-def start(folder, *args):
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(command(*args), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            start_new_session=True, env=environment)
-
-
-def wait_for_rows(process, folder, count):
-    for _ in range(1200):
-        if (folder / "metrics.csv").exists() and len(rows(folder)) >= count:
-            return
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.05)
-    pytest.fail("no progress")
 
 
 @pytest.mark.parametrize(("number", "whole_group"), [
@@ -110,7 +63,7 @@ def wait_for_rows(process, folder, count):
 def test_resumed_run_equals_the_run_that_was_never_stopped(number, whole_group, whole_run, tmp_path):
     folder, _ = whole_run
     here = tmp_path / "runs" / "stopped"
-    process = start(tmp_path, "--config", ROOT / "configs/cnn.yaml", "run.name=stopped", *TINY)
+    process = start(tmp_path, "--config", CONFIG, "run.name=stopped", *TINY)
     wait_for_rows(process, here, 3)
     children = psutil.Process(process.pid).children(recursive=True)
     (os.killpg if whole_group else os.kill)(process.pid, number)
@@ -121,9 +74,7 @@ def test_resumed_run_equals_the_run_that_was_never_stopped(number, whole_group, 
         assert process.returncode == 128 + number, output
         assert "Traceback" not in output
         assert "--resume" in output
-        client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-        (found,) = client.search_runs([client.get_experiment_by_name("lunar-lander").experiment_id])
-        assert found.info.status == "KILLED"
+        assert only_run(tmp_path)[1].info.status == "KILLED"
     assert psutil.wait_procs(children, timeout=20)[1] == []  # no worker is left behind
 
     run(tmp_path, "--resume", "latest")
@@ -132,18 +83,15 @@ def test_resumed_run_equals_the_run_that_was_never_stopped(number, whole_group, 
     assert resumed["landers"] == whole["landers"]
     for key, tensor in whole["policy"].items():
         assert torch.equal(resumed["policy"][key], tensor), key
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    (found,) = client.search_runs([client.get_experiment_by_name("lunar-lander").experiment_id])
-    assert found.info.status == "FINISHED"
+    assert only_run(tmp_path)[1].info.status == "FINISHED"
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_worker_is_replaced_and_changes_nothing(number, whole_run, tmp_path):
     folder, _ = whole_run
-    process = start(tmp_path, "--config", ROOT / "configs/cnn.yaml", "run.name=hurt", "tracking.mlflow=false", *TINY)
+    process = start(tmp_path, "--config", CONFIG, "run.name=hurt", "tracking.mlflow=false", *TINY)
     wait_for_rows(process, tmp_path / "runs" / "hurt", 2)
-    trainer = psutil.Process(process.pid)
-    workers = [child for child in trainer.children(recursive=True) if child.ppid() != process.pid]
+    workers = workers_of(process)
     assert len(workers) == 2
     workers[0].send_signal(number)
     output = process.communicate(timeout=120)[0]
@@ -162,7 +110,7 @@ def test_resume_refuses_another_config(whole_run):
 
 @pytest.mark.parametrize(("args", "expected"), [
     (["--config", "nowhere.yaml"], "nowhere.yaml"),
-    (["--config", ROOT / "configs/cnn.yaml", "ppo.gama=1"], "ppo.gamma"),
+    (["--config", CONFIG, "ppo.gama=1"], "ppo.gamma"),
     (["--resume", "latest"], "no run under runs/"),
     (["--resume", "runs/nothing"], "runs/nothing"),
 ])
@@ -176,16 +124,9 @@ def test_mistakes_are_one_line_before_anything_starts(args, expected, tmp_path):
 
 def test_existing_run_is_not_overwritten(whole_run):
     folder, _ = whole_run
-    done = run(folder, "--config", ROOT / "configs/cnn.yaml", "run.name=whole", ok=False)
+    done = run(folder, "--config", CONFIG, "run.name=whole", ok=False)
     assert done.returncode == 1
     assert "runs/whole" in done.stderr
-
-
-def test_unreachable_mlflow_server_is_said_at_once(tmp_path):
-    done = run(tmp_path, "--config", ROOT / "configs/cnn.yaml", "tracking.uri=http://127.0.0.1:9", *TINY, ok=False)
-    assert done.returncode == 1
-    assert re.search("127.0.0.1:9.*tracking.mlflow=false", done.stderr)
-    assert "Traceback" not in done.stderr
 
 
 def test_learning_shows_in_two_minutes(tmp_path):

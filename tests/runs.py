@@ -1,0 +1,67 @@
+"""Short real runs of train.py, as a user would start them."""
+
+import csv
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import psutil
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "configs" / "cnn.yaml"
+TINY = [
+    "env.num_envs=4", "ppo.num_steps=32", "ppo.num_minibatches=2", "ppo.total_frames=3000", "evaluation.interval=2000",
+    "evaluation.selection_episodes=2", "evaluation.episodes=2", "evaluation.videos=1", "model.features=32",
+    "tracking.checkpoint_interval=500", "run.num_threads=1"]
+BARE = ["tracking.mlflow=false", "evaluation.episodes=0"]  # for runs whose end does not matter
+
+
+def command(*args):
+    return [sys.executable, str(ROOT / "train.py"), *map(str, args)]
+
+
+def run(folder, *args, ok=True, **environment):
+    done = subprocess.run(command(*args), cwd=folder, capture_output=True, text=True, timeout=300, check=False,
+                          env=os.environ | environment)
+    assert not ok or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def start(folder, *args):
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(command(*args), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True, env=environment)
+
+
+def rows(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def without_speed(table):
+    return [{key: value for key, value in row.items() if not key.startswith("speed/")} for row in table]
+
+
+def wait_for_rows(process, folder, count):
+    for _ in range(1200):
+        if (folder / "metrics.csv").exists() and len(rows(folder)) >= count:
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    pytest.fail("no progress")
+
+
+def workers_of(process):
+    """The lander processes: children of the fork server, which is a child of the trainer."""
+    return [child for child in psutil.Process(process.pid).children(recursive=True) if child.ppid() != process.pid]
+
+
+def only_run(folder):
+    """The one MLflow run that the store in `folder` holds."""
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    (found,) = client.search_runs([client.get_experiment_by_name("lunar-lander").experiment_id])
+    return client, found

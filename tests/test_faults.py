@@ -1,0 +1,210 @@
+"""What goes wrong around a run: each fault happens for real, and what the user sees and keeps is checked."""
+
+import os
+import re
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+import torchvision
+from runs import BARE, CONFIG, TINY, only_run, rows, run, start, wait_for_rows, workers_of
+
+import train
+from checkpoint import load_checkpoint
+from config import load_config
+
+UNLIMITED = (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY)
+
+
+def refused(folder, *args, **environment):
+    """The one line with which a command line is refused."""
+    done = run(folder, *args, ok=False, **environment)
+    assert done.returncode == 1, done.stdout + done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    return line
+
+
+@pytest.mark.parametrize("lifted", [True, False])
+def test_full_disk(lifted, tmp_path):
+    """A limit on the size of files stands in for the disk: checkpoints no longer fit, metrics.csv does."""
+    here = tmp_path / "runs" / "full"
+    process = start(tmp_path, "--config", CONFIG, "run.name=full", *TINY, *BARE, "ppo.total_frames=6000")
+    wait_for_rows(process, here, 3)
+    process_limits = psutil.Process(process.pid)
+    process_limits.rlimit(psutil.RLIMIT_FSIZE, (100_000, psutil.RLIM_INFINITY))
+    saved = len(rows(here))
+    wait_for_rows(process, here, saved + 3)
+    if lifted:
+        process_limits.rlimit(psutil.RLIMIT_FSIZE, UNLIMITED)
+    output = process.communicate(timeout=120)[0]
+    assert "checkpoint not saved (File too large); training goes on and will try again" in output
+    assert "Traceback" not in output
+    state = load_checkpoint(here, pytest.fail)  # every file that is there is good
+    assert not [path for path in here.rglob("*") if path.name.endswith(".tmp")]
+    if lifted:
+        assert process.returncode == 0
+        assert state["counters"]["env_frames"] >= 6000
+    else:
+        assert process.returncode == 1
+        assert "the last checkpoint could not be saved (File too large)" in output.splitlines()[-1]
+        assert state["counters"]["env_frames"] < 6000
+        run(tmp_path, "--resume", "latest")  # once there is room
+        assert load_checkpoint(here)["counters"]["env_frames"] >= 6000
+    assert [int(row["frames"]) for row in rows(here)] == sorted({int(row["frames"]) for row in rows(here)})
+
+
+def test_second_interrupt_leaves_at_once(tmp_path):
+    process = start(tmp_path, "--config", CONFIG, "run.name=x", *TINY, *BARE, "ppo.num_steps=2048", "env.num_envs=8")
+    deadline = time.monotonic() + 60
+    while len(workers_of(process)) < 2 or not (tmp_path / "runs" / "x" / "machine.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(1)  # now in the first, long rollout
+    workers = workers_of(process)
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None  # it waits for the end of the update
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=5) == -signal.SIGINT
+    process.stdout.close()
+    assert psutil.wait_procs(workers, timeout=10)[1] == []
+
+
+def test_frozen_worker_is_replaced(tmp_path):
+    process = start(tmp_path, "--config", CONFIG, "run.name=x", *TINY, *BARE)
+    wait_for_rows(process, tmp_path / "runs" / "x", 2)
+    frozen = workers_of(process)[1]
+    frozen.suspend()
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    assert re.search(r"worker \d did not answer for 15 s; going on with new workers", output)
+    assert not frozen.is_running()
+
+
+def test_numbers_that_are_not_finite_stop_the_run(tmp_path):
+    line = refused(tmp_path, "--config", CONFIG, *TINY, *BARE, "ppo.reward_scale=1e38")
+    assert re.search(r"update 1: (loss|a reward|the policy).*stopped before the optimizer", line)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    config = load_config(CONFIG, [*TINY, *BARE])
+    trainer = train.Trainer(config, tmp_path)
+    try:
+        trainer.policy.actor.bias.data[0] = float("nan")
+        with pytest.raises(FloatingPointError, match="the policy's logits or values"):
+            trainer.update_once()
+    finally:
+        trainer.close()
+
+
+def test_resume_with_another_policy_or_other_frames(tmp_path):
+    run(tmp_path, "--config", CONFIG, "run.name=x", *TINY, *BARE)
+    for override, saved in (("model.name=transformer", "'cnn'"), ("env.frame_stack=3", "4"), ("ppo.gamma=0.5", "0.99")):
+        key, value = override.split("=")
+        assert f"{key} was {saved}, asked for {value}" in refused(tmp_path, "--resume", "latest", override)
+    assert "unknown key ppo.gama" in refused(tmp_path, "--resume", "latest", "ppo.gama=0.5")
+    before = len(rows(tmp_path / "runs" / "x"))
+    run(tmp_path, "--resume", "runs/x", "ppo.total_frames=4000")
+    assert len(rows(tmp_path / "runs" / "x")) > before
+
+
+def test_unreachable_mlflow_server_is_said_at_once(tmp_path):
+    line = refused(tmp_path, "--config", CONFIG, "tracking.uri=http://127.0.0.1:9", *TINY)
+    assert re.search(r"127\.0\.0\.1:9.*tracking\.mlflow=false", line)
+
+
+def test_locked_store_delays_metrics_but_not_training(tmp_path):
+    here = tmp_path / "runs" / "x"
+    process = start(tmp_path, "--config", CONFIG, "run.name=x", *TINY, "ppo.total_frames=20000",
+                    "evaluation.episodes=0")
+    wait_for_rows(process, here, 3)
+    lock = sqlite3.connect(tmp_path / "mlflow.db", timeout=30, isolation_level=None)
+    lock.execute("BEGIN EXCLUSIVE")
+    locked = len(rows(here))
+    wait_for_rows(process, here, locked + 10)  # training does not wait
+    lock.execute("ROLLBACK")
+    lock.close()
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    client, found = only_run(tmp_path)
+    assert found.info.status == "FINISHED"
+    sent = [metric.step for metric in client.get_metric_history(found.info.run_id, "update/entropy")]
+    assert sent == [int(row["frames"]) for row in rows(here)]
+
+
+def test_lost_server_costs_no_training_and_the_gap_is_told(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1", "--backend-store-uri",
+         f"sqlite:///{tmp_path}/server.db"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True)
+    try:
+        for _ in range(300):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.2)
+        process = start(tmp_path, "--config", CONFIG, "run.name=x", *TINY, f"tracking.uri=http://127.0.0.1:{port}")
+        wait_for_rows(process, tmp_path / "runs" / "x", 3)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, output
+    assert re.search(r"MLflow lacks the last \d+ updates; runs/x/metrics\.csv has them", output)
+    assert "Traceback" not in output
+    assert int(rows(tmp_path / "runs" / "x")[-1]["frames"]) >= 3000
+
+
+def test_deleted_mlflow_run_gets_a_successor(tmp_path):
+    run(tmp_path, "--config", CONFIG, "run.name=x", *TINY, "evaluation.episodes=0")
+    client, found = only_run(tmp_path)
+    client.delete_run(found.info.run_id)
+    done = run(tmp_path, "--resume", "latest", "ppo.total_frames=4000")
+    assert f"MLflow run {found.info.run_id} is gone; a new one takes its place" in done.stderr
+    assert only_run(tmp_path)[1].info.status == "FINISHED"
+
+
+def test_odd_surroundings(tmp_path):
+    """A leftover folder of MLflow's old store, no encoder for videos, no display, a path with spaces."""
+    folder = tmp_path / "some where"
+    (folder / "mlruns" / "0").mkdir(parents=True)
+    (folder / "mlruns" / "0" / "meta.yaml").write_text("experiment_id: '0'\nname: Default\n")
+    done = run(folder, "--config", CONFIG, "run.name=x", *TINY, IMAGEIO_FFMPEG_EXE="/bin/false")
+    assert "no videos" in done.stderr
+    assert (folder / "runs" / "x" / "report.json").exists()
+    assert only_run(folder)[1].info.status == "FINISHED"
+
+
+def test_absent_gpu_is_one_line(tmp_path):
+    device = f"cuda:{torch.cuda.device_count()}" if torch.cuda.is_available() else "cuda"
+    assert f"run.device={device}" in refused(tmp_path, "--config", CONFIG, f"run.device={device}", *TINY, *BARE)
+
+
+def test_out_of_memory_names_the_settings_that_need_less(tmp_path, monkeypatch):
+    def exhausted(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "update", exhausted)
+    with pytest.raises(SystemExit, match=r"CUDA out of memory.*ppo\.num_minibatches.*env\.num_envs"):
+        train.main(["--config", str(CONFIG), *TINY, *BARE])
+
+
+def test_pretrained_weights_that_are_not_there_are_said_before_anything_starts(tmp_path):
+    weights = tmp_path / "w.pth"
+    torch.save(torchvision.models.resnet34().state_dict(), weights)
+    arguments = ["--config", CONFIG.with_name("temporal_resnet.yaml"), *TINY, *BARE]
+    assert "not weights of resnet50" in refused(
+        tmp_path, *arguments, f"model.weights={weights}", "model.resnet=resnet50")
+    line = refused(tmp_path, *arguments, "model.weights=IMAGENET1K_V1", TORCH_HOME=str(tmp_path),
+                   https_proxy="http://127.0.0.1:9")
+    assert "model.weights=FILE" in line
