@@ -568,6 +568,8 @@ def start_run(args):
     state = load_checkpoint(path)
     config = resume_config(state["config"], args.overrides)
     folder = path if path.is_dir() else path.parent.parent
+    for unfinished in (folder / "checkpoints").glob(".*.tmp"):  # what a kill in the midst of writing left
+        unfinished.unlink()
     Metrics(folder / "metrics.csv").drop_after(state["counters"]["env_frames"])
     save_config(config, folder / "config.yaml")
     return config, folder, state
