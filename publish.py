@@ -1,7 +1,7 @@
 """Copies a finished run into results/, as a page that others can judge and use, and renews the README's table.
 
     python publish.py runs/NAME cnn        # -> results/cnn/
-    python publish.py                      # only the table, from what results/ holds
+    python publish.py                      # only the pages and the table, from what results/ holds
 
 Nothing is typed by hand: every number comes from the run's own metrics.csv, config.yaml, machine.json and reports.
 """
@@ -12,11 +12,17 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from checkpoint import POLICY_FILE, CheckpointError, load_policy
+from config import ConfigError, load_config
+from envs import VIEWPORT_H, VIEWPORT_W
 from evaluate import write_gif
 from plot import SOLVED, PlotError, draw_run, read_metrics
 
 HERE = Path(__file__).parent
+CONFIGS = HERE / "configs"
 BEGIN, END = "<!-- results: written by publish.py -->", "<!-- end of results -->"
 FILES = ("config.yaml", "metrics.csv", "machine.json", "report.json", "report_sampled.json")
 CARD = """# {policy}: a mean return of {greedy}
@@ -34,6 +40,7 @@ CARD = """# {policy}: a mean return of {greedy}
 | sampled, the same seeds | {sampled} |
 | commit | {commit} |
 | parameters | {parameters:,} |
+| multiply-adds per decision | {multiply_adds:,} |
 
 Score it again: `python evaluate.py --checkpoint results/{name}`. Train it again: the command above. The intervals are
 95% bootstrap intervals of the mean. One training seed; another ends elsewhere.
@@ -65,6 +72,27 @@ def score(report):
     return f"{report['return_mean']:.0f} [{low:.0f}, {high:.0f}]"
 
 
+def multiply_adds(policy, height, width, decisions=64):
+    """Of one decision while learning, forward only: the mean over successive ones, which share most of their frames."""
+    frames = torch.zeros(decisions + policy.stack - 1, policy.planes, height, width, dtype=torch.uint8)
+    stacks = torch.arange(decisions)[:, None] + torch.arange(policy.stack)
+    policy.train()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        policy(policy.look(frames), stacks)
+    policy.eval()
+    return counter.get_total_flops() // 2 // decisions
+
+
+def command(config, name):
+    """The command that trains this again: the config file of that name, and what was set beside it."""
+    usual = load_config(CONFIGS / f"{name}.yaml").flat()
+    chosen = {
+        key: value for key, value in config.flat().items()
+        if value != usual.get(key) and key != "run.name" and not key.startswith("tracking.")}
+    chosen = {"run.seed": config.run.seed} | chosen
+    return " ".join([f"python train.py --config configs/{name}.yaml", *(f"{k}={v}" for k, v in chosen.items())])
+
+
 def facts(folder):
     """What a table row and a card say of results/NAME, all read from its files."""
     policy, config, _ = load_policy(folder)
@@ -77,11 +105,13 @@ def facts(folder):
     hit = f"{metrics['frames'][first] / 1e6:.2f} M frames, {minutes[first]:.0f} min" if over.any() else "not reached"
     return {
         "name": folder.name, "policy": config.model.name, "seed": config.run.seed, "solved": SOLVED, "hit": hit,
-        "command": f"python train.py --config configs/{folder.name}.yaml run.seed={config.run.seed}",
+        "command": command(config, folder.name),
         "frames": int(metrics["frames"][-1]), "minutes": minutes[-1], "machine": machine["machine"],
         "commit": machine["git_commit"], "greedy": score(report), "sampled": score(sampled),
         "landed": report["landed_rate"], "solved_rate": report["solved_rate"],
         "parameters": sum(p.numel() for p in policy.parameters()),
+        "multiply_adds": multiply_adds(
+            policy, VIEWPORT_H // config.env.shrink_factor, VIEWPORT_W // config.env.shrink_factor),
     }
 
 
@@ -96,20 +126,30 @@ def publish(run, name):
     if videos:
         shutil.copy(videos[0], folder / "landing.mp4")
         write_gif(videos[0], folder / "landing.gif")
-    landing = "![a landing](landing.gif)" if videos else ""
-    (folder / "README.md").write_text(CARD.format(landing=landing, **facts(folder)))
+
+
+def write_pages():
+    """The page of each result, and their table in the README."""
+    for report in (HERE / "results").glob("*/report.json"):
+        folder = report.parent
+        landing = "![a landing](landing.gif)" if (folder / "landing.gif").exists() else ""
+        (folder / "README.md").write_text(CARD.format(landing=landing, **facts(folder)))
+    readme = HERE / "README.md"
+    before, _, rest = readme.read_text().partition(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}")
 
 
 def table():
     """The results table in Markdown."""
     rows = [
-        "| policy | parameters | to a mean training return of "
-        f"{SOLVED} | trained for | greedy, 100 unseen seeds | sampled | landed |",
-        "| --- | --- | --- | --- | --- | --- | --- |"]
+        f"| policy | parameters | multiply-adds per decision | to a mean training return of {SOLVED} | trained for | "
+        "greedy, 100 unseen seeds | sampled | landed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |"]
     for report in sorted((HERE / "results").glob("*/report.json")):
         row = facts(report.parent)
         rows.append(
-            f"| [{row['policy']}](results/{row['name']}) | {row['parameters'] / 1e6:.2f} M | {row['hit']} | "
+            f"| [{row['policy']}](results/{row['name']}) | {row['parameters'] / 1e6:.2f} M | "
+            f"{row['multiply_adds'] / 1e6:.1f} M | {row['hit']} | "
             f"{row['frames'] / 1e6:.1f} M frames, {row['minutes']:.0f} min | **{row['greedy']}** | {row['sampled']} | "
             f"{row['landed']:.0%} |")
     return "\n".join(rows)
@@ -123,10 +163,8 @@ def main(argv=None):
     try:
         if args.run:
             publish(args.run, args.name or Path(args.run).name)
-        readme = HERE / "README.md"
-        before, _, rest = readme.read_text().partition(BEGIN)
-        readme.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}")
-    except (CheckpointError, PlotError, OSError) as error:
+        write_pages()
+    except (CheckpointError, ConfigError, PlotError, OSError) as error:
         sys.exit(f"publish.py: {error}")
 
 

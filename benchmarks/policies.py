@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import build_policy
 from config import load_config
 from envs import NUM_ACTIONS, make_vector_env
+from publish import multiply_adds
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DECISIONS, LANDERS, MINIBATCH = 64, 32, 256
@@ -71,10 +71,8 @@ def measure(path, seconds):
         policy.zero_grad()
         (logits.square().mean() + value.square().mean()).backward()
 
+    operations = multiply_adds(policy, *frames.shape[-2:])
     policy.train()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        policy(seen, segments[: DECISIONS - stack + 1])
-    operations = counter.get_total_flops() / 2 / (DECISIONS - stack + 1)
     learned = rate(learn, MINIBATCH, seconds)
     policy.eval()
     torch.set_num_threads(1)
