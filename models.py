@@ -35,6 +35,11 @@ def orthogonal(layer, gain=2**0.5):
     return layer
 
 
+def channels_last(pictures):
+    """uint8 (B, C, h, w) -> a new float32 tensor in the layout in which convolutions are fastest."""
+    return pictures.contiguous(memory_format=torch.channels_last).float()  # moved while a pixel is still one byte
+
+
 class Glimpse(nn.Module):
     """Finds in each frame the spot whose colour is the colour of what moves, and cuts out the picture around it.
 
@@ -183,7 +188,7 @@ class CNN(Policy):
         mirrored = self.mirrored(seen, stacks)
         pictures = seen["pictures"][stacks].flatten(1, 2)  # (B, S * planes, h, w)
         pictures = torch.where(mirrored[:, None, None, None], pictures.flip(3), pictures)
-        pictures = (pictures.float() / 255 - 0.25).contiguous(memory_format=torch.channels_last)  # faster convolutions
+        pictures = channels_last(pictures).div_(255).sub_(0.25)
         what = self.what(self.convs(pictures)).float()
         places = self.places(seen, stacks, mirrored)
         where = torch.cat([places[:, -1, :2], places[:, 1:, 2:].flatten(1)], 1)  # (B, 2 S): newest place, all changes
@@ -244,8 +249,7 @@ class Temporal(Policy):
         """What the encoder reads. views int64 (V,): 2 * row, + 1 in the mirror -> float (V, 3, h, w) in 0..1."""
         pictures = seen["pictures"][views // 2]
         pictures = torch.where((views % 2 == 1)[:, None, None, None], pictures.flip(3), pictures)
-        pictures = pictures.expand(-1, 3, -1, -1).float() / 255  # gray becomes three equal planes
-        return pictures.contiguous(memory_format=torch.channels_last)  # faster convolutions
+        return channels_last(pictures.expand(-1, 3, -1, -1)).div_(255)  # gray becomes three equal planes
 
     def embed(self, seen, views):
         """views int64 (B, S) -> embeddings (B, S, width)."""
