@@ -41,6 +41,12 @@ def read_metrics(run):
     return dict(zip(header, columns, strict=True))
 
 
+def first_solved(metrics):
+    """(environment frames, minutes) at which the mean training return first reached SOLVED; None if it never did."""
+    over = np.flatnonzero(metrics["rollout/return_mean"] >= SOLVED)
+    return (metrics["frames"][over[0]], metrics["speed/total_seconds"][over[0]] / 60) if len(over) else None
+
+
 def draw_run(run, output):
     """Six panels over environment frames, as a PNG: what a training run is steered by."""
     metrics = read_metrics(run)
