@@ -266,6 +266,35 @@ def test_first_minibatch_has_ratio_one():
     assert any(not torch.equal(p, q) for p, q in zip(before, policy.parameters(), strict=True))
 
 
+def changes(name, rollout, device, bf16):
+    """What one minibatch of plain gradient descent changes in the policy's parameters, as one vector."""
+    policy = small_policy(name).to(device)
+    before = nn.utils.parameters_to_vector(policy.parameters()).detach().clone()
+    moved = {key: {k: t.to(device) for k, t in value.items()} if key == "seen" else value.to(device)
+             for key, value in vars(rollout).items()}
+    rollout = Rollout(**moved)
+    advantages, returns = compute_advantages(rollout, 0.99, 0.95)
+    update(policy, torch.optim.SGD(policy.parameters(), lr=1.0), rollout, advantages, returns,
+           PPO(update_epochs=1, num_minibatches=1), 0.01, torch.autocast(device, torch.bfloat16, enabled=bf16),
+           torch.Generator().manual_seed(0))
+    return (nn.utils.parameters_to_vector(policy.parameters()).detach() - before).cpu()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_an_update_is_the_same_in_every_precision_and_on_every_device(name):
+    policy, envs = small_policy(name), ProbeEnvs(
+        lambda step, seen, action: (float(action) * seen, True), True, shape=(2, 32, 32))
+    frames = torch.from_numpy(envs.frames()[0])
+    rollout = Rollout.empty(8, envs.landers, 2, policy.look(frames.chunk(2, dim=1)[-1]))
+    collect(envs, policy, rollout, frames, 1.0, FP32)
+    exact = changes(name, rollout, "cpu", bf16=False)
+    assert exact.norm() > 0.01
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for bf16, tolerance in ((False, 1e-3), (True, 5e-2)):
+            error = changes(name, rollout, device, bf16) - exact
+            assert error.norm() < tolerance * exact.norm(), (device, bf16)
+
+
 def test_target_kl_ends_an_update_early():
     envs, policy = ProbeEnvs(lambda step, seen, action: (float(action), True), True), TinyPolicy()
     frames = torch.from_numpy(envs.frames()[0])
