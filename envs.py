@@ -380,8 +380,9 @@ class LanderVectorEnv(AsyncVectorEnv):
                 pipe.close()
 
 
-def make_vector_env(num_envs, num_workers, seed=0, frame_skip=4, frame_stack=4, shrink_factor=8, color=False):
-    """num_envs landers over num_workers processes.
+def make_vector_env(num_envs, num_workers, seed=0, frame_skip=4, frame_stack=4, shrink_factor=8, color=False,
+                    first_lander=0):
+    """num_envs landers over num_workers processes, numbered from first_lander on; seed and number make their episodes.
 
     Returns an AsyncVectorEnv whose observations are uint8 (num_workers, num_envs / num_workers, K, H, W), whose rewards
     and ending flags are (num_workers, num_envs / num_workers), and which begins new episodes by itself.
@@ -390,7 +391,8 @@ def make_vector_env(num_envs, num_workers, seed=0, frame_skip=4, frame_stack=4, 
     settings = {
         "seed": seed, "frame_skip": frame_skip, "frame_stack": frame_stack, "shrink_factor": shrink_factor,
         "color": color}
-    groups = [partial(LanderGroup, landers, first_index=w * landers, **settings) for w in range(num_workers)]
+    firsts = [first_lander + w * landers for w in range(num_workers)]
+    groups = [partial(LanderGroup, landers, first_index=first, **settings) for first in firsts]
     try:
         # copy=False: the caller copies each batch into its rollout at once. forkserver: forking a process whose
         # libraries have started threads can hang.

@@ -220,14 +220,18 @@ class Tracker:
 
 
 class Progress:
-    """One live line on a terminal; plain lines, one every `seconds`, where the output is a file."""
+    """One live line on a terminal; plain lines, one every `seconds`, where the output is a file; nothing if silent."""
 
-    def __init__(self, total, initial, seconds=10):
-        self.bar = tqdm(total=total, initial=initial, unit="frames", unit_scale=True, disable=None, dynamic_ncols=True)
+    def __init__(self, total, initial, seconds=10, silent=False):
+        self.silent = silent
+        self.bar = tqdm(total=total, initial=initial, unit="frames", unit_scale=True, disable=silent or None,
+                        dynamic_ncols=True)
         self.total, self.initial, self.seconds, self.elapsed, self.printed = total, initial, seconds, 0.0, -seconds
 
     def show(self, frames, metrics, elapsed):
         """`elapsed`: seconds of training so far, as in speed/total_seconds."""
+        if self.silent:
+            return
         line = (
             f"return {metrics['rollout/return_mean']:.0f}, landed {100 * metrics['rollout/landed_rate']:.0f}%, "
             f"KL {metrics['update/approx_kl']:.3f}, clip {metrics['update/clip_fraction']:.2f}, "

@@ -3,6 +3,7 @@
     python train.py --config configs/cnn.yaml
     python train.py --config configs/cnn.yaml run.seed=2 ppo.learning_rate=3e-4
     python train.py --resume latest
+    torchrun --standalone --nproc_per_node=2 train.py --config configs/cnn.yaml
 
 The algorithm is Schulman et al. 2017, "Proximal Policy Optimization Algorithms" (arXiv:1707.06347).
 """
@@ -13,10 +14,12 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
+import copy
 import signal
 import sys
 import time
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -36,6 +39,7 @@ from checkpoint import (
     save_policy,
 )
 from config import ConfigError, apply_overrides, check_config, load_config, parse_yaml, save_config
+from distributed import ALONE, World, launcher
 from envs import NUM_ACTIONS, OUTCOMES, SELECTION_SEED, WorkerError, make_vector_env
 from evaluate import evaluate, play, print_report
 from models import WeightsError
@@ -159,11 +163,11 @@ def compute_advantages(rollout, gamma, gae_lambda):
     return advantages, advantages + rollout.values
 
 
-def ppo_loss(logits, value, batch, ppo, entropy_coef):
+def ppo_loss(logits, value, batch, ppo, entropy_coef, world=ALONE):
     """The clipped surrogate objective with value loss and entropy bonus (eqs. 7 and 9), to be minimised.
 
-    logits (B, A), value (B,); batch: dict of actions, log_probs, advantages, returns, values, each (B,).
-    Returns the loss and a dict of detached metrics.
+    logits (B, A), value (B,); batch: dict of actions, log_probs, advantages, returns, values, each (B,). Advantages are
+    normalised over the minibatches of all processes of `world`. Returns the loss and a dict of detached metrics.
     """
     log_probs = logits.log_softmax(-1)
     entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
@@ -171,7 +175,8 @@ def ppo_loss(logits, value, batch, ppo, entropy_coef):
     ratio = logratio.exp()
     advantages = batch["advantages"]
     if ppo.normalize_advantages:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        everyones = world.join_tensors(advantages)
+        advantages = (advantages - everyones.mean()) / (everyones.std() + 1e-8)
     clipped = ratio.clamp(1 - ppo.clip_coef, 1 + ppo.clip_coef)
     policy_loss = -torch.min(ratio * advantages, clipped * advantages).mean()
 
@@ -199,8 +204,11 @@ def explained_variance(values, returns):
     return float(1 - (returns - values).var() / variance) if variance > 0 else float("nan")
 
 
-def update(policy, optimizer, rollout, advantages, returns, ppo, entropy_coef, autocast, generator):
-    """update_epochs passes over the rollout in shuffled minibatches. Returns metrics, means over all minibatches."""
+def update(policy, optimizer, rollout, advantages, returns, ppo, entropy_coef, autocast, generator, world=ALONE):
+    """update_epochs passes over the rollout in shuffled minibatches. Returns metrics, means over all minibatches.
+
+    With many processes, `policy` averages their gradients, and metrics are those of all their minibatches.
+    """
     policy.train()
     flat = {
         "actions": rollout.actions, "log_probs": rollout.log_probs, "values": rollout.values,
@@ -219,7 +227,7 @@ def update(policy, optimizer, rollout, advantages, returns, ppo, entropy_coef, a
             batch = {key: tensor[indices] for key, tensor in flat.items()}
             with autocast:
                 logits, value = policy(seen, stacks[indices])
-            loss, metrics = ppo_loss(logits, value, batch, ppo, entropy_coef)
+            loss, metrics = ppo_loss(logits, value, batch, ppo, entropy_coef, world)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(parameters, ppo.max_grad_norm).detach()
@@ -230,10 +238,11 @@ def update(policy, optimizer, rollout, advantages, returns, ppo, entropy_coef, a
             epoch_kl += float(metrics["approx_kl"]) / ppo.num_minibatches
             for key, metric in metrics.items():
                 sums[key] = sums.get(key, 0.0) + float(metric)
-        if ppo.target_kl is not None and epoch_kl > ppo.target_kl:
+        if ppo.target_kl is not None and world.mean(epoch_kl) > ppo.target_kl:
             break
-    means = {key: total / count for key, total in sums.items()}
-    return means | {"explained_variance": explained_variance(rollout.values, returns)}
+    means = {key: world.mean(total / count) for key, total in sums.items()}
+    values, returns = world.join_tensors(rollout.values), world.join_tensors(returns)
+    return means | {"explained_variance": explained_variance(values, returns)}
 
 
 def schedule(ppo, env_frames, late):
@@ -274,48 +283,63 @@ class Interrupted(BaseException):
 class SignalWatch:
     """Turns the first SIGINT or SIGTERM into Interrupted, at once or, if `patient`, at the next `check`.
 
-    The second one ends the process as if there were no watch.
+    The second one ends the process as if there were no watch; but torchrun passes on to each of many processes what
+    they may all have got already, and kills them itself after half a minute, so there a second one means nothing.
     """
 
-    def __init__(self):
-        self.received, self.patient = None, False
+    def __init__(self, world=ALONE):
+        self.received, self.patient, self.world = None, False, world
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._receive)
 
     def _receive(self, number, _):
-        self.received = number
-        signal.signal(number, signal.SIG_DFL)
-        if not self.patient:
+        first, self.received = self.received is None, self.received or number
+        if self.world.size == 1:
+            signal.signal(number, signal.SIG_DFL)
+        if first and not self.patient:
             self.check()
 
     def check(self):
         if self.received:
             raise Interrupted(self.received)
 
+    def check_all(self):
+        """A signal to any process is one to all: they stop at the same boundary."""
+        self.received = next(filter(None, self.world.gather(self.received)), None)
+        self.check()
+
 
 class Trainer:
     """Everything that a training run is made of, and nothing that PPO needs to know: begin, go on, save, resume."""
 
-    def __init__(self, config, folder, state=None):
-        self.config, self.folder, run, env = config, folder, config.run, config.env
+    def __init__(self, config, folder, state=None, world=ALONE):
+        self.config, self.folder, self.world, run, env = config, folder, world, config.run, config.env
         automatic = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(automatic if run.device == "auto" else run.device)
+        if self.device.type == "cuda" and world.size > 1:
+            if self.device.index is not None:
+                raise ConfigError(f"run.device={run.device}: many processes need a GPU each; run.device=cuda gives it")
+            self.device = torch.device("cuda", world.local_rank)
         if self.device.type == "cuda" and (self.device.index or 0) >= torch.cuda.device_count():
             raise ConfigError(
                 f"run.device={run.device}: this machine has {torch.cuda.device_count()} GPUs that torch can use; "
                 "run.device=auto takes what there is")
-        self.num_threads = run.num_threads or len(os.sched_getaffinity(0))
+        if self.device.type == "cuda" and world.size > 1:
+            torch.cuda.set_device(self.device)
+        self.num_threads = run.num_threads or max(len(os.sched_getaffinity(0)) // world.local_size, 1)
         self.autocast = torch.autocast(
             self.device.type, torch.bfloat16, enabled=fast_bf16(self.device) if run.bf16 is None else run.bf16)
         torch.manual_seed(run.seed)
-        self.generator = torch.Generator().manual_seed(run.seed)  # shuffles minibatches
+        self.generator = torch.Generator().manual_seed(world.seed(run.seed))  # shuffles minibatches
         self.policy = build_policy(config)
         if not state:
             self.policy.load_pretrained()
         self.policy.to(self.device)
         self.optimizer = torch.optim.Adam(
             self.policy.parameter_groups(), lr=config.ppo.learning_rate, eps=config.ppo.adam_eps)
-        self.envs = make_vector_env(seed=run.seed, **env.model_dump())
+        if world.rank:
+            torch.manual_seed(world.seed(run.seed))  # draws actions
+        self.envs = self._make_envs()
         self.counters = {
             "env_frames": 0, "updates": 0, "seconds": 0.0, "late": False, "best": None, "next_evaluation": 0}
         self.recent = deque(maxlen=100)  # (return, length, outcome) of the last episodes
@@ -328,10 +352,17 @@ class Trainer:
             self.frames = self._frames(self.envs.reset()[0])
             self._calibrate()
             self.counters["next_evaluation"] = config.evaluation.interval
+        self.learner = world.parallel(self.policy)
         newest = self.frames.chunk(env.frame_stack, dim=1)[-1].to(self.device)
         with self.autocast:
             seen = self.policy.look(newest)
         self.rollout = Rollout.empty(config.ppo.num_steps, env.num_envs, env.frame_stack, seen)
+
+    def _make_envs(self):
+        """This process's landers. Over all processes they are those that one process with as many would play."""
+        env = self.config.env
+        return make_vector_env(
+            seed=self.config.run.seed, first_lander=self.world.rank * env.num_envs, **env.model_dump())
 
     def _frames(self, observations):
         return torch.from_numpy(np.asarray(observations)).flatten(0, 1)  # (workers, M, K, H, W) -> (N, K, H, W)
@@ -357,24 +388,35 @@ class Trainer:
                     lander[1].append(action)
 
     def snapshot(self):
-        """What a bit-exact continuation needs besides weights and optimizer, taken between two updates."""
-        return {
-            "counters": dict(self.counters),
-            "recent": [list(map(float, episode)) for episode in self.recent],
+        """What a bit-exact continuation needs besides weights and optimizer, taken between two updates.
+
+        Of many processes, each one's landers and random numbers; and then weights and optimizer too, since the first
+        process must be able to save them when another has died in the midst of the next update.
+        """
+        own = {
             "generator": self.generator.get_state(),
             "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "cuda_rng": [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [],
             "landers": [[episodes, list(actions)] for episodes, actions in self.landers],
+        }
+        shared = {
+            "counters": dict(self.counters),
+            "recent": [list(map(float, episode)) for episode in self.recent],
             "run_id": self.run_id,
         }
+        if self.world.size > 1 and self.world.rank == 0:
+            shared |= copy.deepcopy(self._learned())
+        return shared | own | {"peers": self.world.gather(own)[1:]}
+
+    def _learned(self):
+        return {"policy": self.policy.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def save(self, snapshot):
+        if self.world.rank:
+            return
         name = f"{snapshot['counters']['env_frames']:012d}.ckpt"
-        save_checkpoint(self.folder / "checkpoints" / name, snapshot | {
-            "config": self.config.model_dump(mode="json"),
-            "policy": self.policy.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        })
+        config = {"config": self.config.model_dump(mode="json")}
+        save_checkpoint(self.folder / "checkpoints" / name, config | self._learned() | snapshot)
         for old in sorted((self.folder / "checkpoints").glob("*.ckpt"))[: -self.config.tracking.keep]:
             old.unlink()
 
@@ -383,7 +425,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.counters, self.run_id = dict(state["counters"]), state["run_id"]
         self.recent.extend(map(tuple, state["recent"]))
-        self._rewind(state)
+        self._rewind([state, *state.get("peers", [])][self.world.rank])
 
     def _rewind(self, snapshot):
         """Put landers and random numbers where they were at `snapshot`."""
@@ -396,12 +438,12 @@ class Trainer:
         self.generator.set_state(snapshot["generator"])
         torch.set_rng_state(snapshot["torch_rng"])
         if snapshot["cuda_rng"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state_all(snapshot["cuda_rng"])
+            torch.cuda.set_rng_state(snapshot["cuda_rng"][0], self.device)
 
     def restart_workers(self, snapshot):
         """New workers for failed ones. A rollout changes no weights, so `snapshot`, from before it, is enough."""
         self.envs.close()
-        self.envs = make_vector_env(seed=self.config.run.seed, **self.config.env.model_dump())
+        self.envs = self._make_envs()
         self._rewind(snapshot)
 
     def update_once(self):
@@ -418,12 +460,14 @@ class Trainer:
         advantages, returns = compute_advantages(self.rollout, ppo.gamma, ppo.gae_lambda)
         self.between_updates = False
         learned = update(
-            self.policy, self.optimizer, self.rollout, advantages, returns, ppo, entropy_coef, self.autocast,
-            self.generator)
+            self.learner, self.optimizer, self.rollout, advantages, returns, ppo, entropy_coef, self.autocast,
+            self.generator, self.world)
         end = time.perf_counter()
 
-        self.recent.extend(stats["episodes"])
-        counters["env_frames"] += stats["env_frames"]
+        everyones = self.world.gather(stats)
+        env_frames = sum(stats["env_frames"] for stats in everyones)
+        self.recent.extend(episode for stats in everyones for episode in stats["episodes"])
+        counters["env_frames"] += env_frames
         counters["updates"] += 1
         counters["seconds"] += end - start
         returns, lengths, outcomes = zip(*self.recent, strict=True) if self.recent else ([float("nan")],) * 3
@@ -437,7 +481,7 @@ class Trainer:
             **{f"update/{key}": value for key, value in learned.items()},
             "schedule/learning_rate": learning_rate,
             "schedule/entropy_coef": entropy_coef,
-            "speed/frames_per_second": stats["env_frames"] / (end - start),
+            "speed/frames_per_second": env_frames / (end - start),
             "speed/collect_seconds": collected - start,
             "speed/update_seconds": end - collected,
             "eval/return_mean": float("nan"),
@@ -447,6 +491,8 @@ class Trainer:
     def select(self, metrics):
         """Every so often, play episodes of their own seeds greedily and keep the policy that scored best so far."""
         settings, counters, start = self.config.evaluation, self.counters, time.perf_counter()
+        if self.world.rank:
+            return  # and wait for the first process at the next boundary
         if counters["env_frames"] < min(counters["next_evaluation"], self.config.ppo.total_frames):
             return
         counters["next_evaluation"] += settings.interval
@@ -467,9 +513,12 @@ MAX_FAILURES = 3  # of workers, in one rollout
 
 
 def train(trainer, tracker, watch):
-    """Update until total_frames are done, saving as it goes; raises Interrupted after SIGINT or SIGTERM, saved too."""
+    """Update until total_frames are done, saving as it goes; raises Interrupted after SIGINT or SIGTERM, saved too.
+
+    Of many processes the first alone has a tracker, and writes.
+    """
     config, counters = trainer.config, trainer.counters
-    progress = Progress(config.ppo.total_frames, counters["env_frames"])
+    progress = Progress(config.ppo.total_frames, counters["env_frames"], silent=tracker is None)
     boundary, saved, failures, watch.patient = trainer.snapshot(), counters["env_frames"], 0, True
     try:
         while counters["env_frames"] < config.ppo.total_frames:
@@ -487,15 +536,17 @@ def train(trainer, tracker, watch):
             except FloatingPointError as error:
                 raise TrainingError(
                     f"update {counters['updates'] + 1}: {error}; stopped before the optimizer used it. Go on from the "
-                    f"last good checkpoint: python train.py --resume {trainer.folder}") from None
+                    f"last good checkpoint: {launcher(trainer.world.size)} train.py --resume {trainer.folder}"
+                ) from None
             try:
                 trainer.select(metrics)
             except OSError as error:
                 progress.say(f"best policy not saved ({error.strerror}); training goes on")
-            tracker.log(metrics | {"speed/total_seconds": counters["seconds"]}, counters["env_frames"])
+            if tracker:
+                tracker.log(metrics | {"speed/total_seconds": counters["seconds"]}, counters["env_frames"])
             progress.show(counters["env_frames"], metrics, counters["seconds"])
             boundary, trainer.between_updates, failures = trainer.snapshot(), True, 0
-            watch.check()
+            watch.check_all()
             if counters["env_frames"] - saved >= config.tracking.checkpoint_interval:
                 try:
                     trainer.save(boundary)
@@ -505,14 +556,14 @@ def train(trainer, tracker, watch):
     finally:
         progress.close()
         # Collecting changes no weights, so the last boundary is whole even if an update was cut off in its rollout.
-        if trainer.between_updates and boundary["counters"]["updates"] > 0:
+        if (trainer.between_updates or "policy" in boundary) and boundary["counters"]["updates"] > 0:
             try:
                 trainer.save(boundary)
             except OSError as error:
                 raise TrainingError(
                     f"the last checkpoint could not be saved ({error.strerror}); those in {trainer.folder}/checkpoints "
                     "are older") from None
-        watch.patient = False
+    watch.patient = False
 
 
 def finish(trainer, tracker):
@@ -550,7 +601,7 @@ def resume_config(saved, overrides):
     return apply_overrides({section: dict(keys) for section, keys in saved.items()}, overrides)
 
 
-def start_run(args):
+def start_run(args, processes=1):
     """(config, run folder, checkpoint state or None) from the command line."""
     if args.resume is None:
         config = load_config(args.config, args.overrides)
@@ -566,6 +617,10 @@ def start_run(args):
     if path is None:
         raise CheckpointError("no run under runs/ has a checkpoint to resume")
     state = load_checkpoint(path)
+    saved = 1 + len(state.get("peers", []))
+    if saved != processes:
+        raise CheckpointError(f"{path}: holds the landers of {saved} process(es), but {processes} were started; go on "
+                              f"with: {launcher(saved)} train.py --resume {path}")
     config = resume_config(state["config"], args.overrides)
     folder = path if path.is_dir() else path.parent.parent
     for unfinished in (folder / "checkpoints").glob(".*.tmp"):  # what a kill in the midst of writing left
@@ -583,27 +638,40 @@ def main(argv=None):
     args = parser.parse_intermixed_args(argv)
     if (args.config is None) == (args.resume is None):
         parser.error("give either --config FILE or --resume RUN")
-    trainer, folder, watch = None, None, SignalWatch()
+    world = World.launched()
+    trainer, folder, watch = None, None, SignalWatch(world)
+    who, how = f"train.py, process {world.rank}" if world.rank else "train.py", f"{launcher(world.size)} train.py"
     try:
-        config, folder, state = start_run(args)
-        trainer = Trainer(config, folder, state)
-        with Tracker(config, folder, trainer.num_threads, trainer.run_id) as tracker:
-            trainer.run_id = tracker.run_id
-            total = config.ppo.total_frames
-            print(f"{folder}: {config.model.name}, {trainer.device.type}, {total:,} frames", flush=True)
+        world.join()
+        config, folder, state = world.share(start_run(args, world.size) if world.rank == 0 else None)
+        trainer = Trainer(config, folder, state, world)
+        threads = f"{world.size} processes of {trainer.num_threads}" if world.size > 1 else trainer.num_threads
+        with Tracker(config, folder, threads, trainer.run_id) if world.rank == 0 else nullcontext() as tracker:
+            if tracker:
+                trainer.run_id = tracker.run_id
+                total = config.ppo.total_frames
+                print(f"{folder}: {config.model.name}, {trainer.device.type}, {total:,} frames", flush=True)
             train(trainer, tracker, watch)
             trainer.close()
-            finish(trainer, tracker)
+            world.leave()
+            if tracker:
+                finish(trainer, tracker)
     except (ConfigError, CheckpointError, TrackingError, TrainingError, WeightsError, WorkerError, OSError) as error:
-        sys.exit(f"train.py: {error}")
+        sys.exit(f"{who}: {error}")
     except torch.OutOfMemoryError as error:
         sys.exit(
-            f"train.py: {str(error).splitlines()[0]} A larger ppo.num_minibatches, or smaller env.num_envs, "
+            f"{who}: {str(error).splitlines()[0]} A larger ppo.num_minibatches, or smaller env.num_envs, "
             "ppo.num_steps or model, needs less.")
+    except RuntimeError as error:
+        if not world.lost(error):
+            raise
+        sys.exit(1 if world.rank else f"{who}: another process of this training ended; what was saved goes on with: "
+                 f"{how} --resume {folder}")
     except Interrupted as interruption:
         saved = folder and any(folder.glob("checkpoints/*.ckpt"))
-        print(f"{interruption}: " + (f"saved; go on with: python train.py --resume {folder}" if saved else
-                                     "stopped before there was anything to save"), flush=True)
+        if world.rank == 0:
+            print(f"{interruption}: " + (f"saved; go on with: {how} --resume {folder}" if saved else
+                                         "stopped before there was anything to save"), flush=True)
         sys.exit(interruption.code)
     finally:
         if trainer:

@@ -1,0 +1,88 @@
+"""Many processes that learn as one: what each is, and the few things they tell each other.
+
+    torchrun --standalone --nproc_per_node=2 train.py --config configs/cnn.yaml
+
+Every process has its own landers, minibatches and random numbers; DistributedDataParallel averages their gradients, so
+all hold the same weights. What steers a schedule is gathered here, so all take the same decisions. A process alone is a
+World of size 1, in which every method hands back what it was given.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+PATIENCE = timedelta(minutes=30)  # for a process that is busy, as the first is while it scores; a dead one is noticed
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int = 0  # this process's number among all; the first writes and reports
+    size: int = 1
+    local_rank: int = 0  # its number on this machine, and that of its GPU
+    local_size: int = 1
+
+    @classmethod
+    def launched(cls):
+        """As torchrun's environment says; without torchrun, a world of one."""
+        if not dist.is_torchelastic_launched():
+            return cls()
+        return cls(*(int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+
+    def join(self):
+        """Meet the others: gloo carries what lies in memory, NCCL what lies on GPUs."""
+        if self.size > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+
+    def leave(self):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def seed(self, seed):
+        """A seed of this process's own; the first keeps the one given."""
+        return seed if self.rank == 0 else int(np.random.SeedSequence([seed, self.rank]).generate_state(1)[0])
+
+    def gather(self, thing):
+        """Each process's `thing`, in the order of their ranks."""
+        things = [thing] * self.size
+        if self.size > 1:
+            dist.all_gather_object(things, thing)
+        return things
+
+    def share(self, thing):
+        """The first process's `thing`, for all."""
+        box = [thing]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def mean(self, number):
+        return sum(self.gather(number)) / self.size
+
+    def join_tensors(self, tensor):
+        """The tensors of all processes, of equal shape (B, ...), as one: (size * B, ...)."""
+        if self.size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    def parallel(self, policy):
+        """`policy` as the update calls it: first made equal to the first process's; backward averages gradients."""
+        return DistributedDataParallel(policy) if self.size > 1 else policy
+
+    def lost(self, error):
+        """Whether `error` says that another process is gone. gloo's errors have no class of their own."""
+        return self.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+ALONE = World()
+
+
+def launcher(processes):
+    """How a user starts a script as so many processes of one machine."""
+    return "python" if processes == 1 else f"torchrun --standalone --nproc_per_node={processes}"
