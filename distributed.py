@@ -71,9 +71,20 @@ class World:
         dist.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
 
-    def parallel(self, policy):
-        """`policy` as the update calls it: first made equal to the first process's; backward averages gradients."""
-        return DistributedDataParallel(policy) if self.size > 1 else policy
+    def parallel(self, policy, frames):
+        """`policy` as the update calls it: made equal to the first process's; from now on backward averages gradients.
+
+        frames: uint8 (B, K, H, W), any.
+        """
+        if self.size == 1:
+            return policy
+        learner = DistributedDataParallel(policy).train()
+        # After its first pass DDP lays gradients out anew, and with the layout a sum of three or more changes in its
+        # last bits. That must not fall into the first update after a resume.
+        logits, value = learner(*policy.see(frames))
+        (logits.sum() + value.sum()).backward()
+        learner.zero_grad()
+        return learner
 
     def lost(self, error):
         """Whether `error` says that another process is gone. gloo's errors have no class of their own."""

@@ -352,7 +352,7 @@ class Trainer:
             self.frames = self._frames(self.envs.reset()[0])
             self._calibrate()
             self.counters["next_evaluation"] = config.evaluation.interval
-        self.learner = world.parallel(self.policy)
+        self.learner = world.parallel(self.policy, self.frames.to(self.device))
         newest = self.frames.chunk(env.frame_stack, dim=1)[-1].to(self.device)
         with self.autocast:
             seen = self.policy.look(newest)

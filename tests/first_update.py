@@ -28,7 +28,7 @@ randperm = torch.randperm
 
 
 def rollouts():
-    """The calibrated policy and what it collects with the landers of both processes, each from its own random seed."""
+    """The calibrated policy, some frames, and what it collects with the landers of each of both processes."""
     torch.manual_seed(0)
     policy, found = build_policy(CONFIG), []
     for rank in range(PROCESSES):
@@ -44,7 +44,7 @@ def rollouts():
         envs.close()
         rollout.rewards += 0.03 * rank  # so that advantages normalised by each process alone would differ
         found.append(rollout)
-    return policy, found
+    return policy, frames, found
 
 
 def joined(rollouts):
@@ -72,7 +72,7 @@ def main():
     torch.set_num_threads(1)
     world = World.launched()
     world.join()
-    policy, found = rollouts()
+    policy, frames, found = rollouts()
     generator = torch.Generator().manual_seed(5)
     if world.size == 1:
         rollout, torch.randperm = joined(found), same_minibatches
@@ -80,8 +80,9 @@ def main():
         rollout = found[world.rank]
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3, eps=1e-5)
     advantages, returns = compute_advantages(rollout, 0.99, 0.95)
+    learner = world.parallel(policy, frames)
     metrics = update(
-        world.parallel(policy), optimizer, rollout, advantages, returns, CONFIG.ppo, 0.01, FP32, generator, world)
+        learner, optimizer, rollout, advantages, returns, CONFIG.ppo, 0.01, FP32, generator, world)
     torch.save({"policy": policy.state_dict(), "metrics": metrics}, f"{sys.argv[1]}-{world.size}-{world.rank}")
     world.leave()
 
