@@ -112,6 +112,7 @@ class Tracking(Section):
     mlflow: bool = Field(True, description="log to MLflow; metrics.csv is written in any case")
     uri: str = Field("sqlite:///mlflow.db", description="MLflow store; the default is what a bare `mlflow ui` opens")
     experiment: str = Field("lunar-lander", min_length=1, description="MLflow experiment")
+    parent: str = Field("", pattern=r"^\w*$", description="id of an MLflow run to be a child of; empty: none")
     checkpoint_interval: Positive = Field(100_000, description="frames between checkpoints")
     keep: Positive = Field(2, description="newest checkpoints kept, besides the best")
 

@@ -41,10 +41,11 @@ def read_metrics(run):
     return dict(zip(header, columns, strict=True))
 
 
-def first_solved(metrics):
-    """(environment frames, minutes) at which the mean training return first reached SOLVED; None if it never did."""
-    over = np.flatnonzero(metrics["rollout/return_mean"] >= SOLVED)
-    return (metrics["frames"][over[0]], metrics["speed/total_seconds"][over[0]] / 60) if len(over) else None
+def reached(metrics, level=SOLVED):
+    """(frames, seconds of training) when the mean training return first was `level` or more; None if it never was."""
+    over = metrics["rollout/return_mean"] >= level
+    first = int(over.argmax())
+    return (metrics["frames"][first], metrics["speed/total_seconds"][first]) if over.any() else None
 
 
 def draw_run(run, output):

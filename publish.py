@@ -19,7 +19,7 @@ from checkpoint import POLICY_FILE, CheckpointError, load_policy
 from config import ConfigError, load_config
 from envs import VIEWPORT_H, VIEWPORT_W
 from evaluate import write_gif
-from plot import SOLVED, PlotError, draw_run, first_solved, read_metrics
+from plot import SOLVED, PlotError, draw_run, reached, read_metrics
 
 HERE = Path(__file__).parent
 CONFIGS = HERE / "configs"
@@ -99,10 +99,10 @@ def facts(folder):
     metrics = read_metrics(folder)
     report, sampled, machine = (
         json.loads((folder / name).read_text()) for name in ("report.json", "report_sampled.json", "machine.json"))
-    solved = first_solved(metrics)
+    solved = reached(metrics)
     return {
         "name": folder.name, "policy": config.model.name, "seed": config.run.seed, "solved": SOLVED,
-        "hit": f"{solved[0] / 1e6:.2f} M frames, {solved[1]:.0f} min" if solved else "not reached",
+        "hit": f"{solved[0] / 1e6:.2f} M frames, {solved[1] / 60:.0f} min" if solved else "not reached",
         "command": command(config, folder.name),
         "frames": int(metrics["frames"][-1]), "minutes": metrics["speed/total_seconds"][-1] / 60,
         "machine": machine["machine"], "commit": machine["git_commit"],

@@ -161,6 +161,7 @@ class Tracker:
             experiment = mlflow.set_experiment(self.settings.experiment).experiment_id
             if self.run_id is None or not self._reopen():
                 tags = self.tags | {"mlflow.runName": self.folder.name, "mlflow.source.name": "train.py"}
+                tags |= {"mlflow.parentRunId": self.settings.parent} if self.settings.parent else {}
                 self.run_id = self.client.create_run(experiment, tags=tags).info.run_id
                 params = [Param(key, str(value)) for key, value in config.flat().items()]
                 self.client.log_batch(self.run_id, params=params, tags=[RunTag("run_folder", self.folder.name)])

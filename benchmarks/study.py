@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from config import ConfigError, load_config
-from plot import SOLVED, PlotError, draw_comparison, first_solved, read_metrics
+from plot import SOLVED, PlotError, draw_comparison, reached, read_metrics
 from publish import score
 
 STUDY = Path(__file__).parent.parent / "results" / "study"
@@ -51,26 +51,26 @@ def rows(groups):
     yield f"| | seed | trained for | frames to {SOLVED} | minutes to {SOLVED} | greedy | landed | sampled |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     for label, folders in groups.items():
-        reached = []
+        solved = []
         for folder in folders:
             metrics, seed = read_metrics(folder), load_config(folder / "config.yaml").run.seed
             report, sampled = json.loads((folder / "report.json").read_text()), folder / "report_sampled.json"
-            reached.append(first_solved(metrics) or (float("inf"), float("inf")))
+            solved.append(reached(metrics) or (float("inf"), float("inf")))
             trained = f"{metrics['frames'][-1] / 1e6:.1f} M frames, {metrics['speed/total_seconds'][-1] / 60:.0f} min"
             yield (
-                f"| {label} | {seed} | {trained} | {_millions(reached[-1][0])} | {_minutes(reached[-1][1])} | "
+                f"| {label} | {seed} | {trained} | {_millions(solved[-1][0])} | {_minutes(solved[-1][1])} | "
                 f"{score(report)} | {report['landed_rate']:.0%} | "
                 f"{score(json.loads(sampled.read_text())) if sampled.exists() else ''} |")
         if len(folders) > 1:
-            frames, minutes = (statistics.median(values) for values in zip(*reached, strict=True))
-            yield f"| {label} | median | | **{_millions(frames)}** | **{_minutes(minutes)}** | | | |"
+            frames, seconds = (statistics.median(values) for values in zip(*solved, strict=True))
+            yield f"| {label} | median | | **{_millions(frames)}** | **{_minutes(seconds)}** | | | |"
 
 
 def _millions(frames):
     return "not reached" if frames == float("inf") else f"{frames / 1e6:.2f} M"
 
 
-def _minutes(minutes):
+def _minutes(seconds):
     return "not reached" if minutes == float("inf") else f"{minutes:.0f}"
 
 

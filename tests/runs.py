@@ -46,8 +46,8 @@ def without_speed(table):
     return [{key: value for key, value in row.items() if not key.startswith("speed/")} for row in table]
 
 
-def wait_for_rows(process, folder, count):
-    for _ in range(1200):
+def wait_for_rows(process, folder, count, seconds=60):
+    for _ in range(20 * seconds):
         if (folder / "metrics.csv").exists() and len(rows(folder)) >= count:
             return
         assert process.poll() is None, process.stdout.read()

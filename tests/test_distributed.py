@@ -24,7 +24,7 @@ def torchrun(folder, *args):
 
 
 def ended(process, expected=0):
-    output = process.communicate(timeout=180)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == expected, output
     return output
 
@@ -96,7 +96,7 @@ def test_two_processes_make_one_run(whole_run):
 def test_stopped_and_killed_it_goes_on_bit_for_bit(whole_run, tmp_path):
     here, script = tmp_path / "runs" / "hurt", ROOT / "train.py"
     process = torchrun(tmp_path, script, *SETTINGS, "run.name=hurt", "tracking.mlflow=false")
-    wait_for_rows(process, here, 2)
+    wait_for_rows(process, here, 2, seconds=180)
     trainers(process)[1].terminate()  # a signal to one is a signal to all
     output = ended(process, expected=1)
     assert "SIGTERM: saved; go on with: torchrun --standalone --nproc_per_node=2 train.py --resume runs/hurt" in output
@@ -104,7 +104,7 @@ def test_stopped_and_killed_it_goes_on_bit_for_bit(whole_run, tmp_path):
     assert saved == int(rows(here)[-1]["frames"])
 
     process = torchrun(tmp_path, script, "--resume", "latest")
-    wait_for_rows(process, here, len(rows(here)) + 2)
+    wait_for_rows(process, here, len(rows(here)) + 2, seconds=180)
     children = psutil.Process(process.pid).children(recursive=True)
     trainers(process)[1].kill()
     output = ended(process, expected=1)

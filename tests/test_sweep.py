@@ -1,0 +1,105 @@
+"""Sweeps of tiny real runs."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import mlflow
+import numpy as np
+import psutil
+import pytest
+from runs import CONFIG, ROOT, TINY, rows, wait_for_rows
+
+import sweep
+from plot import reached
+
+SWEEP = [sys.executable, ROOT / "sweep.py", "--config", CONFIG, "--name", "s", "--jobs", "2"]
+SETTINGS = [*TINY, "ppo.num_steps=16", "env.num_workers=1", "evaluation.episodes=1", "evaluation.videos=0"]
+
+
+def start(folder, *args):
+    return subprocess.Popen(
+        list(map(str, [*SWEEP, *args])), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_a_sweep_is_stopped_and_goes_on_and_is_one_family_in_mlflow(tmp_path):
+    command = ["--seeds", "1", "2", "ppo.learning_rate=1e-3", *SETTINGS, "ppo.total_frames=1500"]
+    process = start(tmp_path, *command)
+    folders = [tmp_path / "runs" / f"s-seed-{seed}" for seed in (1, 2)]
+    for folder in folders:
+        wait_for_rows(process, folder, 1, seconds=180)
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 130, output
+    assert psutil.wait_procs(children, timeout=20)[1] == []
+    assert "Traceback" not in output
+    stopped = [rows(folder) for folder in folders]
+    for folder, table in zip(folders, stopped, strict=True):
+        assert "SIGINT: saved" in (folder / "train.log").read_text()
+        assert int(table[-1]["frames"]) < 1500
+
+    process = start(tmp_path, *command)
+    output = process.communicate(timeout=180)[0]
+    assert process.returncode == 0, output
+    assert [line for line in output.splitlines() if line.startswith("| s | 2 | 0 | - | - |")]
+    assert "python plot.py s=runs/s-seed-1,runs/s-seed-2" in output
+    for folder, table in zip(folders, stopped, strict=True):
+        assert f"runs/{folder.name}: goes on" in output
+        assert rows(folder)[: len(table)] == table
+
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    found = client.search_runs([client.get_experiment_by_name("lunar-lander").experiment_id])
+    (parent,) = (run for run in found if run.data.tags.get("sweep") == "s")
+    family = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert {run.info.run_name for run in family} == {"s-seed-1", "s-seed-2"}
+    assert {run.info.status for run in found} == {"FINISHED"}
+
+    times = [(folder / "metrics.csv").stat().st_mtime_ns for folder in folders]
+    output = start(tmp_path, *command).communicate(timeout=120)[0]
+    assert output.count("done before") == 2
+    assert times == [(folder / "metrics.csv").stat().st_mtime_ns for folder in folders]
+    output = start(tmp_path, *command, "ppo.gamma=0.5").communicate(timeout=120)[0]
+    assert "runs/s-seed-1 is another run: ppo.gamma was 0.99, asked for 0.5; choose another --name" in output
+
+
+def test_every_combination_is_planned(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    jobs = sweep.plan(
+        CONFIG, "n", ["1", "2"], ["ppo.learning_rate=1e-3,5e-4", "ppo.gamma=0.9", "model.mirror=true,false"])
+    assert len(jobs) == len({job.folder for job in jobs}) == 8
+    assert {(j.config.run.seed, j.config.ppo.learning_rate, j.config.model.mirror) for j in jobs} == {
+        (seed, rate, mirror) for seed in (1, 2) for rate in (1e-3, 5e-4) for mirror in (True, False)}
+    assert {job.config.ppo.gamma for job in jobs} == {0.9}
+    assert jobs[0].folder.name == "n-learning_rate-1e-3-mirror-true-seed-1"
+    assert jobs[0].setting == "learning_rate=1e-3 mirror=true"
+
+
+def test_the_summary_tells_when_200_was_reached(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    jobs = sweep.plan(CONFIG, "n", ["1", "2", "3"], ["ppo.total_frames=3000000", "evaluation.episodes=0"])
+    for job, returns in zip(jobs, ([0, 210, 190], [0, 150, 200], [0, 100, 190]), strict=True):
+        job.folder.mkdir(parents=True)
+        lines = [f"{(i + 1) * 1_000_000},{value},{60 * (i + 1)}" for i, value in enumerate(returns)]
+        (job.folder / "metrics.csv").write_text(
+            "\n".join(["frames,rollout/return_mean,speed/total_seconds", *lines, ""]))
+    assert sweep.summary(jobs).splitlines()[-1] == "| n | 3 | 2 | 2.50 (2.00 to 3.00) | 2.5 (2.0 to 3.0) | - |"
+
+
+def test_reached():
+    metrics = {"frames": np.array([1, 2, 3]), "rollout/return_mean": np.array([np.nan, 250, 100]),
+               "speed/total_seconds": np.array([5, 6, 7])}
+    assert reached(metrics) == (2, 6)
+    assert reached(metrics, 300) is None
+
+
+@pytest.mark.parametrize(("args", "expected"), [
+    (["run.seed=1,2"], "use --seeds"), (["ppo.gama=1,2"], "ppo.gamma"), (["--seeds", "one"], "run.seed='one'"),
+    (["--jobs", "0"], "must be 1 or more")])
+def test_mistakes_are_one_line_before_anything_starts(args, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=f"^sweep.py: .*{expected}"):
+        sweep.main(["--config", str(CONFIG), *args])
+    assert list(tmp_path.iterdir()) == []
