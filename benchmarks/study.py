@@ -71,7 +71,7 @@ def _millions(frames):
 
 
 def _minutes(seconds):
-    return "not reached" if minutes == float("inf") else f"{minutes:.0f}"
+    return "not reached" if seconds == float("inf") else f"{seconds / 60:.0f}"
 
 
 def main():
