@@ -4,6 +4,10 @@
 
 Same decisions, same action repeat, same frame size and stack. The ways take turns, so that a machine that slows down
 slows all of them; each figure is the median of its rounds, each ratio is to the first row of the same run.
+
+Where EnvPool is installed (benchmarks/requirements.txt), its own LunarLander-v3 is measured too: as it is, with state
+vectors and no picture, which shows what physics costs in C++; and with its `render()`, which draws other pixels than
+gymnasium's.
 """
 
 import argparse
@@ -21,7 +25,12 @@ import numpy as np
 from gymnasium import wrappers
 from gymnasium.vector import AsyncVectorEnv
 
-from envs import ENV_ID, NUM_ACTIONS, make_vector_env
+from envs import ENV_ID, NUM_ACTIONS, FrameStack, frame_planes, make_vector_env, shrink
+
+try:
+    import envpool
+except ImportError:
+    envpool = None
 
 STACK = 4
 
@@ -58,11 +67,39 @@ def ours(num_envs, num_workers, frame_skip, factor, color):
     return make_vector_env(num_envs, num_workers, 0, frame_skip, STACK, factor, color)
 
 
+class EnvPoolLanders:
+    """EnvPool's LunarLander-v3 in the same decisions; `drawn`: with frame stacks of its own renderer's pictures."""
+
+    def __init__(self, drawn, num_envs, frame_skip, factor, color):
+        render_mode = "rgb_array" if drawn else None
+        self.envs = envpool.make_gymnasium("LunarLander-v3", num_envs=num_envs, render_mode=render_mode)
+        self.drawn, self.frame_skip, self.factor, self.color = drawn, frame_skip, factor, color
+        self.action_space, self.ids = gym.spaces.MultiDiscrete([NUM_ACTIONS] * num_envs), np.arange(num_envs)
+        shape = (frame_planes(color), 400 // factor, 600 // factor)
+        self.stacks = [FrameStack(STACK, shape) for _ in range(num_envs)]
+
+    def reset(self, seed):
+        self.envs.reset()
+
+    def step(self, actions):
+        for _ in range(self.frame_skip):
+            self.envs.step(actions)  # an episode that ends begins anew at the next step
+        if self.drawn:
+            for stack, picture in zip(self.stacks, self.envs.render(env_ids=self.ids), strict=True):
+                stack.push(shrink(picture, self.factor, self.color))
+
+    def close(self, terminate):
+        self.envs.close()
+
+
 WAYS = {
     "gymnasium's wrappers, 16 workers of 1 lander": wrapper_stack,
     "envs.py, 16 workers of 1 lander": partial(ours, 16, 16),
     "envs.py, 2 workers of 16 landers": partial(ours, 32, 2),
 }
+if envpool:
+    WAYS["EnvPool, 16 landers, no pictures: state vectors"] = partial(EnvPoolLanders, False, 16)
+    WAYS["EnvPool, 16 landers, other pixels: its own render()"] = partial(EnvPoolLanders, True, 16)
 
 
 def decisions_per_second(envs, shape, seconds, rng):
