@@ -3,17 +3,19 @@
     python evaluate.py                                        # the newest run's best; with no run yet, the shipped one
     python evaluate.py --checkpoint results/cnn --episodes 100 --seed 1000000 --videos 5
     python evaluate.py --checkpoint runs/NAME --sample --output somewhere
+    python evaluate.py --checkpoint results/cnn --episodes 1 --videos 1 --panel   # what goes on inside it
 
 Episode i uses seed + i; training never uses seeds from 1,000,000 on. The policy sees the frames of
 `gym.make("LunarLander-v3", render_mode="rgb_array")`, rendered once per physics step, and nothing else.
 """
 
 import argparse
+import errno
 import json
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -31,13 +33,13 @@ MAX_LANDERS = 50  # episodes played side by side; bounds memory
 
 
 @torch.no_grad()
-def play(policy, env_config, seeds, sample_seed=None, lander_class=Lander, on_start=None, autocast_dtype=None,
+def play(policy, env_config, seeds, sample_seed=None, lander_class=Lander, recorder=None, autocast_dtype=None,
          progress=None):
     """Play one episode per seed, many side by side so that the policy sees them as one batch.
 
     Greedy, or, with sample_seed, actions sampled from generators seeded with (sample_seed, episode's seed).
-    on_start(index, lander) is called as episode `index` is about to begin. Returns (returns, lengths, outcomes), arrays
-    in the order of `seeds`.
+    A VideoRecorder is told when an episode begins, what is decided in it, and when it ends. Returns (returns, lengths,
+    outcomes), arrays in the order of `seeds`.
     """
     policy.eval()
     device = next(policy.parameters()).device
@@ -48,8 +50,8 @@ def play(policy, env_config, seeds, sample_seed=None, lander_class=Lander, on_st
         if not waiting:
             return
         index, seed = waiting.pop(0)
-        if on_start:
-            on_start(index, lander)
+        if recorder:
+            recorder.begin(index, lander)
         rng = None if sample_seed is None else np.random.default_rng([sample_seed, seed])
         playing.append((lander, index, lander.reset(seed), rng))
 
@@ -58,16 +60,20 @@ def play(policy, env_config, seeds, sample_seed=None, lander_class=Lander, on_st
     while playing:
         frames = torch.from_numpy(np.stack([frames for _, _, frames, _ in playing])).to(device)
         with torch.autocast(device.type, autocast_dtype or torch.bfloat16, enabled=autocast_dtype is not None):
-            logits, _ = policy(*policy.see(frames))
+            logits, values = policy(*policy.see(frames))
         probabilities = logits.double().softmax(-1).cpu().numpy()
         batch, playing = playing, []
-        for (lander, index, _, rng), p in zip(batch, probabilities, strict=True):
+        for (lander, index, frames, rng), p, value in zip(batch, probabilities, values.tolist(), strict=True):
             action = int(p.argmax()) if rng is None else int(rng.choice(len(p), p=p / p.sum()))
+            if recorder:
+                recorder.decide(index, lander, frames, p, value, action)
             frames, _, terminated, truncated = lander.step(action)
             if not (terminated or truncated):
                 playing.append((lander, index, frames, rng))
                 continue
             results[index] = lander.episode_return, lander.episode_length, lander.outcome()
+            if recorder:
+                recorder.end(index, lander)
             begin(lander)
             if progress:
                 progress.update()
@@ -100,16 +106,23 @@ def summarize(returns, lengths, outcomes):
 
 
 def evaluate(policy, config, checkpoint, output, episodes=100, seed=EVALUATION_SEED, videos=0, sample=False,
-             report_name="report.json"):
+             report_name="report.json", video_name="seed-{seed}", panel=False):
     """Score `policy`, write the report and the videos of the first `videos` episodes under `output`; the report."""
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    recorder = VideoRecorder(output / "videos", videos, seed)
+    make_panel = None
+    if panel:
+        from panel import Panel  # and matplotlib with it
+
+        def make_panel(episode):
+            return Panel(policy, config, f"{config.model.name}, {'sampled' if sample else 'greedy'}, {episode}")
+
+    recorder = VideoRecorder(output / "videos", videos, seed, video_name, make_panel)
     start = time.perf_counter()
     with recorder, tqdm(total=episodes, desc="evaluating", unit="episode", disable=None, leave=False) as progress:
         results = play(
             policy, config.env, range(seed, seed + episodes), sample_seed=seed if sample else None,
-            lander_class=RenderedLander, on_start=recorder.begin, progress=progress)
+            lander_class=RenderedLander, recorder=recorder, progress=progress)
     report = {
         "checkpoint": str(checkpoint),
         "policy": config.model.name,
@@ -127,12 +140,16 @@ def evaluate(policy, config, checkpoint, output, episodes=100, seed=EVALUATION_S
 class VideoRecorder:
     """Writes the first `count` episodes as H.264 files, frame by frame while they are played.
 
-    A missing or failing encoder costs the videos, never the score: it is reported once, and playing goes on.
+    `name` is that of each file, with {seed} where the episode's shall stand. `make_panel`, if given, makes the Panel of
+    an episode from its title; what it shows is filmed beside, as NAME-panel.mp4.
+    A missing or failing encoder, or a failing panel, costs the videos, never the score: it is reported once, and
+    playing goes on.
     """
 
-    def __init__(self, folder, count, seed):
-        self.folder, self.count, self.seed = Path(folder), count, seed
+    def __init__(self, folder, count, seed, name="seed-{seed}", make_panel=None):
+        self.folder, self.count, self.seed, self.name, self.make_panel = Path(folder), count, seed, name, make_panel
         self.stack, self.paths, self.failure = ExitStack(), [], None
+        self.films, self.panel_failure = {}, None  # by index of the episode
 
     def __enter__(self):
         if self.count:
@@ -149,41 +166,104 @@ class VideoRecorder:
         lander.on_frame = None
         if index >= self.count or self.failure:
             return
-        path = self.folder / f"seed-{self.seed + index}.mp4"
+        name = self.name.format(seed=self.seed + index)
         try:
-            # 400 and 600 are multiples of 8, so nothing is scaled; yuv420p is what browsers play.
-            writer = imageio_ffmpeg.write_frames(
-                str(path), (VIEWPORT_W, VIEWPORT_H), fps=FPS, codec="libx264", pix_fmt_out="yuv420p",
-                macro_block_size=8, output_params=["-movflags", "+faststart"])
-            writer.send(None)
+            send = self._open(f"{name}.mp4", VIEWPORT_W, VIEWPORT_H)
         except (OSError, RuntimeError) as error:
             return self._fail(error)
-        self.stack.callback(writer.close)
-        self.paths.append(path)
+        if self.make_panel:
+            with self._panel_trouble(index):
+                panel = self.make_panel(f"seed {self.seed + index}")
+                self.films[index] = PanelFilm(panel, self._open(f"{name}-panel.mp4", panel.width, panel.height))
 
-        def send(frame):
+        def on_frame(frame):
             try:
-                writer.send(np.ascontiguousarray(frame))
+                send(frame)
             except (OSError, StopIteration) as error:
                 lander.on_frame = None
                 self._fail(error)
+            with self._panel_trouble(index) as film:
+                if film:
+                    film.show(frame)
 
-        lander.on_frame = send
+        lander.on_frame = on_frame
+
+    def decide(self, index, lander, frames, probabilities, value, action):
+        with self._panel_trouble(index) as film:
+            if film:
+                film.panel.decide(frames, probabilities, value, action, lander.episode_return, lander.episode_length)
+
+    def end(self, index, lander):
+        with self._panel_trouble(index) as film:
+            if film:
+                outcome = OUTCOMES[lander.outcome()].replace("_", " ")
+                film.panel.end(lander.episode_return, lander.episode_length, outcome)
+                film.show(None)
+        self.films.pop(index, None)
+
+    def _open(self, name, width, height):
+        """A function that takes the frames, uint8 (height, width, 3), of a new file."""
+        path = self.folder / name
+        # Nothing is scaled, as all sides are multiples of 8; yuv420p is what browsers play.
+        writer = imageio_ffmpeg.write_frames(
+            str(path), (width, height), fps=FPS, codec="libx264", pix_fmt_out="yuv420p", macro_block_size=8,
+            output_params=["-movflags", "+faststart"])
+        writer.send(None)
+        self.stack.callback(writer.close)
+        self.paths.append(path)
+        return lambda frame: writer.send(np.ascontiguousarray(frame))
+
+    @contextmanager
+    def _panel_trouble(self, index):
+        """Gives the episode's PanelFilm, or None; whatever goes wrong with it ends it."""
+        try:
+            yield self.films.get(index)
+        except Exception as error:
+            self.films.pop(index, None)
+            if not self.panel_failure:
+                print(f"no panel: {_reason(error)}; scores are not affected", file=sys.stderr)
+            self.panel_failure = error
 
     def _fail(self, error):
         if not self.failure:
             self.failure = error
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            print(f"no videos: the encoder failed ({reason}); scores are not affected", file=sys.stderr)
+            print(f"no videos: the encoder failed ({_reason(error)}); scores are not affected", file=sys.stderr)
+
+
+def _reason(error):
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+class PanelFilm:
+    """Films a Panel. Each frame waits for the next, so that it is shown beside the decision that was made on it."""
+
+    def __init__(self, panel, send):
+        self.panel, self.send, self.waiting = panel, send, None
+
+    def show(self, frame):
+        if self.waiting is not None:
+            self.send(self.panel.picture(self.waiting))
+        self.waiting = None if frame is None else frame.copy()
 
 
 def write_gif(video, output, width=450, fps=25):
     """A video as an endlessly repeating GIF; OSError if the encoder fails."""
-    scale = f"fps={fps},scale={width}:-1:flags=lanczos,split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=none"
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", "-i", str(video), "-vf", scale, str(output)]
+    filters = f"fps={fps},scale={width}:-1:flags=lanczos,split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=none"
+    _encode(video, output, "-vf", filters)
+
+
+def write_webp(video, output, fps=12.5, hold=2):
+    """A video as an endlessly repeating WebP that rests at its end for `hold` seconds; OSError if the encoder fails."""
+    filters = f"fps={fps},tpad=stop_mode=clone:stop_duration={hold}"
+    _encode(video, output, "-vf", filters, "-codec:v", "libwebp_anim", "-quality", "60", "-loop", "0", "-f", "webp")
+
+
+def _encode(video, output, *options):
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", "-i", str(video), *options, str(output)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise OSError(f"{output}: {done.stderr.strip().splitlines()[-1:] or 'the encoder failed'}")
+        reason = done.stderr.strip().splitlines()[-1:] or ["the encoder failed"]
+        raise OSError(errno.EIO, reason[0], str(output))
 
 
 def print_report(report):
@@ -225,9 +305,13 @@ def main(argv=None):
     parser.add_argument("--episodes", type=positive, default=100)
     parser.add_argument("--seed", type=natural, default=EVALUATION_SEED, help="seed of the first episode")
     parser.add_argument("--videos", type=natural, default=3, help="record this many of the episodes")
+    parser.add_argument("--panel", action="store_true", help="beside each video, another with an instrument panel")
+    parser.add_argument("--webp", type=Path, metavar="FILE", help="also the first video, or its panel, as moving WebP")
     parser.add_argument("--sample", action="store_true", help="sample actions instead of taking the likeliest")
     parser.add_argument("--output", type=Path, help="folder of report.json and videos/; default: in the run's folder")
     args = parser.parse_args(argv)
+    if (args.panel or args.webp) and not args.videos:
+        parser.error("--panel and --webp need --videos of 1 or more")
     checkpoint = args.checkpoint or default_checkpoint()
     try:
         policy, config, file = load_policy(checkpoint)
@@ -236,11 +320,18 @@ def main(argv=None):
             folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent
             output = folder / "evaluation"
         report = evaluate(
-            policy, config, checkpoint, output, args.episodes, args.seed, min(args.videos, args.episodes), args.sample)
+            policy, config, checkpoint, output, args.episodes, args.seed, min(args.videos, args.episodes), args.sample,
+            panel=args.panel)
     except (CheckpointError, ConfigError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
     print_report(report)
     print(f"  written  {output / 'report.json'}" + (f", {output / 'videos'}" if args.videos else ""))
+    if args.webp:
+        try:
+            write_webp(output / "videos" / f"seed-{args.seed}{'-panel' * args.panel}.mp4", args.webp)
+        except OSError as error:
+            sys.exit(f"evaluate.py: {args.webp}: {error.strerror}")
+        print(f"           {args.webp}")
 
 
 if __name__ == "__main__":

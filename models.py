@@ -79,14 +79,21 @@ class Glimpse(nn.Module):
         return torch.stack([x, y], 1)
 
     @torch.no_grad()
-    def forward(self, frames):
-        """frames uint8 (B, 3, H, W) -> crops uint8 (B, 3, size, size), positions float32 (B, 2), x and y in -1..1."""
-        b, _, height, width = frames.shape
-        with torch.autocast(frames.device.type, enabled=False):  # positions are finer than bfloat16 can tell
+    def corner(self, frames):
+        """frames uint8 (B, 3, H, W) -> int64 (B, 2): column and row of the upper left pixel of each cut-out."""
+        height, width = frames.shape[2:]
+        with torch.autocast(frames.device.type, enabled=False):
             # Every stride-th pixel is enough to find the spot; the position is then measured within the cut-out.
             center = self.centroid(frames[:, :, :: self.stride, :: self.stride].float() / 255) * self.stride
             limit = torch.tensor([width - self.size, height - self.size], device=frames.device)
-            corner = (center - self.size / 2).round().long().clamp(min=torch.zeros_like(limit), max=limit)  # (B, 2)
+            return (center - self.size / 2).round().long().clamp(min=torch.zeros_like(limit), max=limit)
+
+    @torch.no_grad()
+    def forward(self, frames):
+        """frames uint8 (B, 3, H, W) -> crops uint8 (B, 3, size, size), positions float32 (B, 2), x and y in -1..1."""
+        b, _, height, width = frames.shape
+        corner = self.corner(frames)
+        with torch.autocast(frames.device.type, enabled=False):  # positions are finer than bfloat16 can tell
             span = torch.arange(self.size, device=frames.device)
             columns, rows = corner[:, :1] + span, corner[:, 1:] + span  # (B, size)
             index = rows[:, :, None] * width + columns[:, None, :]  # (B, size, size)
