@@ -24,7 +24,7 @@ def start(folder, *args):
         start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def test_a_sweep_is_stopped_and_goes_on_and_is_one_family_in_mlflow(tmp_path):
+def test_a_sweep_is_stopped_and_goes_on_and_is_one_family_in_mlflow(tmp_path, monkeypatch, capsys):
     command = ["--seeds", "1", "2", "ppo.learning_rate=1e-3", *SETTINGS, "ppo.total_frames=1500"]
     process = start(tmp_path, *command)
     folders = [tmp_path / "runs" / f"s-seed-{seed}" for seed in (1, 2)]
@@ -58,11 +58,13 @@ def test_a_sweep_is_stopped_and_goes_on_and_is_one_family_in_mlflow(tmp_path):
     assert {run.info.status for run in found} == {"FINISHED"}
 
     times = [(folder / "metrics.csv").stat().st_mtime_ns for folder in folders]
-    output = start(tmp_path, *command).communicate(timeout=120)[0]
-    assert output.count("done before") == 2
+    monkeypatch.chdir(tmp_path)
+    again = list(map(str, [*SWEEP[2:], *command, "tracking.mlflow=false"]))
+    sweep.main(again)
+    assert capsys.readouterr().out.count("done before") == 2
     assert times == [(folder / "metrics.csv").stat().st_mtime_ns for folder in folders]
-    output = start(tmp_path, *command, "ppo.gamma=0.5").communicate(timeout=120)[0]
-    assert "runs/s-seed-1 is another run: ppo.gamma was 0.99, asked for 0.5; choose another --name" in output
+    with pytest.raises(SystemExit, match=r"runs/s-seed-1 is another run: ppo\.gamma was 0\.99, asked for 0\.5; choose"):
+        sweep.main([*again, "ppo.gamma=0.5"])
 
 
 def test_every_combination_is_planned(tmp_path, monkeypatch):
