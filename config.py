@@ -115,6 +115,7 @@ class Tracking(Section):
     parent: str = Field("", pattern=r"^\w*$", description="id of an MLflow run to be a child of; empty: none")
     checkpoint_interval: Positive = Field(100_000, description="frames between checkpoints")
     keep: Positive = Field(2, description="newest checkpoints kept, besides the best")
+    progress: bool = Field(True, description="show how training goes; false: only trouble and final scores")
 
 
 class Config(Section):

@@ -119,7 +119,8 @@ def evaluate(policy, config, checkpoint, output, episodes=100, seed=EVALUATION_S
 
     recorder = VideoRecorder(output / "videos", videos, seed, video_name, make_panel)
     start = time.perf_counter()
-    with recorder, tqdm(total=episodes, desc="evaluating", unit="episode", disable=None, leave=False) as progress:
+    quiet = not config.tracking.progress or None  # None: only where the output is no terminal
+    with recorder, tqdm(total=episodes, desc="evaluating", unit="episode", disable=quiet, leave=False) as progress:
         results = play(
             policy, config.env, range(seed, seed + episodes), sample_seed=seed if sample else None,
             lander_class=RenderedLander, recorder=recorder, progress=progress)

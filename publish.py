@@ -121,7 +121,7 @@ def publish(run, name):
     for file in FILES:
         shutil.copy(run / file, folder)
     draw_run(folder, folder / "curves.png")
-    videos = sorted((run / "videos").glob("*.mp4"))
+    videos = sorted((run / "videos").glob("*seed-*.mp4"))  # not those of milestones
     if videos:
         shutil.copy(videos[0], folder / "landing.mp4")
         write_gif(videos[0], folder / "landing.gif")

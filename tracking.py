@@ -3,7 +3,7 @@
     with Tracker(config, "runs/NAME", threads=2) as tracker:
         tracker.log({"rollout/return_mean": 12.3, ...}, env_frames)
 
-The CSV gets exactly what MLflow gets, so a curve survives without a server.
+The CSV gets exactly what MLflow gets, the machine's load apart, so a curve survives without a server.
 """
 
 import csv
@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -91,21 +92,36 @@ class Metrics:
 
 
 class Sender(threading.Thread):
-    """Sends metrics to MLflow beside the training; what cannot be sent is kept until the store answers again."""
+    """Sends metrics and files to MLflow beside the training; what cannot be sent is kept until the store takes it."""
 
     def __init__(self, client, run_id, interval=5.0):
         super().__init__(daemon=True)
         self.client, self.run_id, self.interval = client, run_id, interval
         self.waiting, self.ended, self.trouble = deque(), threading.Event(), None
+        self.files, self.file_trouble = deque(), None  # (path, folder in the run's artifacts)
+        self.machine, self.load = None, {}  # MLflow's monitors; the latest {system metric: number} until it is logged
 
     def run(self):
+        with suppress(Exception):  # a machine whose load cannot be read
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+            self.machine = SystemMetricsMonitor(self.run_id)  # asked here, never started: it would give up on trouble
         while not self.ended.wait(self.interval):
+            self.read_load()
             self.send()
+            self.send_files()
+
+    def read_load(self):
+        with suppress(Exception):
+            self.machine.collect_metrics()
+            self.load = {f"system/{key}": value for key, value in self.machine.aggregate_metrics().items()}
+            for monitor in self.machine.monitors:
+                monitor.clear_metrics()
 
     def send(self):
         """Send what waits, oldest first; False if the store did not take it."""
         while self.waiting:
-            rows = [self.waiting[i] for i in range(min(len(self.waiting), 40))]  # MLflow takes 1,000 metrics a call
+            rows = [self.waiting[i] for i in range(min(len(self.waiting), 25))]  # MLflow takes 1,000 metrics a call
             try:
                 self.client.log_batch(self.run_id, [metric for row in rows for metric in row])
             except Exception as error:  # whatever the store raises, training must not notice
@@ -121,14 +137,34 @@ class Sender(threading.Thread):
             self.trouble = None
         return True
 
+    def send_files(self):
+        """As `send`, the files."""
+        while self.files and not self.trouble:
+            path, folder = self.files[0]
+            try:
+                if path.exists():
+                    (self.client.log_artifacts if path.is_dir() else self.client.log_artifact)(
+                        self.run_id, str(path), folder)
+            except Exception as error:
+                if not self.file_trouble:
+                    print(f"MLflow: {path.name}: {_first_line(error)}; training goes on", file=sys.stderr)
+                self.file_trouble = error
+                return False
+            self.files.popleft()
+        return not self.files
+
     def close(self, patience=30.0):
-        """Send the rest, trying for `patience` seconds; the number of updates that could not be sent."""
+        """Send the rest, until nothing gets through for `patience` seconds; what could not be sent: updates, files."""
         self.ended.set()
+        while self.is_alive():
+            left = len(self.waiting), len(self.files)
+            self.join(patience)
+            if left == (len(self.waiting), len(self.files)):
+                break
         deadline = time.monotonic() + patience
-        self.join(patience)
-        while not self.is_alive() and not self.send() and time.monotonic() < deadline:
+        while not self.is_alive() and not (self.send() and self.send_files()) and time.monotonic() < deadline:
             time.sleep(1)
-        return len(self.waiting)
+        return len(self.waiting), len(self.files)
 
 
 class Tracker:
@@ -190,12 +226,14 @@ class Tracker:
             from mlflow.entities import Metric
 
             now = int(time.time() * 1000)
-            self.sender.waiting.append([Metric(k, float(v), now, frames) for k, v in metrics.items() if v == v])
+            load, self.sender.load = self.sender.load, {}
+            row = [Metric(k, float(v), now, frames) for k, v in (metrics | load).items() if v == v]
+            self.sender.waiting.append(row)
 
     def artifact(self, path, folder=None):
-        if self.client and Path(path).exists():
-            log = self.client.log_artifacts if Path(path).is_dir() else self.client.log_artifact
-            self._try("MLflow", log, self.run_id, str(path), folder)
+        """Send a file, or what is in a folder, beside the training, to `folder` among the run's artifacts."""
+        if self.sender and (Path(path), folder) not in self.sender.files:
+            self.sender.files.append((Path(path), folder))
 
     def _try(self, what, call, *args):
         """Trouble with records never costs training: it is told once."""
@@ -212,9 +250,11 @@ class Tracker:
     def __exit__(self, kind, error, traceback):
         if not self.client:
             return
-        left = self.sender.close()
-        if left:
-            print(f"MLflow lacks the last {left} updates; {self.folder / 'metrics.csv'} has them", file=sys.stderr)
+        updates, files = self.sender.close()
+        if updates:
+            print(f"MLflow lacks the last {updates} updates; {self.folder / 'metrics.csv'} has them", file=sys.stderr)
+        if files:
+            print(f"MLflow lacks {files} files; they are in {self.folder}", file=sys.stderr)
         # What is no Exception, as KeyboardInterrupt, was the user's wish.
         status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
         self._try("MLflow", self.client.set_terminated, self.run_id, status)
@@ -225,8 +265,9 @@ class Progress:
 
     def __init__(self, total, initial, seconds=10, silent=False):
         self.silent = silent
-        self.bar = tqdm(total=total, initial=initial, unit="frames", unit_scale=True, disable=silent or None,
-                        dynamic_ncols=True)
+        self.bar = tqdm(  # short, so that all but the entropy is seen on 80 columns
+            total=total, initial=initial, unit="", unit_scale=True, disable=silent or None, dynamic_ncols=True,
+            bar_format="{n_fmt}/{total_fmt}, {rate_noinv_fmt}, {remaining} left{postfix}")
         self.total, self.initial, self.seconds, self.elapsed, self.printed = total, initial, seconds, 0.0, -seconds
 
     def show(self, frames, metrics, elapsed):

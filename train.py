@@ -39,11 +39,12 @@ from checkpoint import (
     save_policy,
 )
 from config import ConfigError, apply_overrides, check_config, load_config, parse_yaml, save_config
+from diagnostics import Diagnostics
 from distributed import ALONE, World, launcher
-from envs import NUM_ACTIONS, OUTCOMES, SELECTION_SEED, WorkerError, make_vector_env
-from evaluate import evaluate, play, print_report
+from envs import NUM_ACTIONS, OUTCOMES, SELECTION_SEED, RenderedLander, WorkerError, make_vector_env
+from evaluate import VideoRecorder, evaluate, play, print_report
 from models import WeightsError
-from plot import draw_run
+from plot import PlotError, draw_run
 from tracking import Metrics, Progress, Tracker, TrackingError
 
 
@@ -309,6 +310,14 @@ class SignalWatch:
         self.check()
 
 
+# Name: a metric, and from what value on the milestone is reached; if several at once, the last is filmed.
+MILESTONES = {
+    "first-landing": ("rollout/landed_rate", 0.01),
+    "return-100": ("rollout/return_mean", 100),
+    "return-200": ("rollout/return_mean", 200),
+}
+
+
 class Trainer:
     """Everything that a training run is made of, and nothing that PPO needs to know: begin, go on, save, resume."""
 
@@ -341,7 +350,8 @@ class Trainer:
             torch.manual_seed(world.seed(run.seed))  # draws actions
         self.envs = self._make_envs()
         self.counters = {
-            "env_frames": 0, "updates": 0, "seconds": 0.0, "late": False, "best": None, "next_evaluation": 0}
+            "env_frames": 0, "updates": 0, "seconds": 0.0, "late": False, "best": None, "next_evaluation": 0,
+            "milestones": []}
         self.recent = deque(maxlen=100)  # (return, length, outcome) of the last episodes
         self.landers = [[1, []] for _ in range(env.num_envs)]  # episodes begun, actions of the last: LanderGroup.state
         self.run_id = None
@@ -423,7 +433,8 @@ class Trainer:
     def _restore(self, state):
         self.policy.load_state_dict(state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.counters, self.run_id = dict(state["counters"]), state["run_id"]
+        self.counters |= state["counters"]
+        self.run_id = state["run_id"]
         self.recent.extend(map(tuple, state["recent"]))
         self._rewind([state, *state.get("peers", [])][self.world.rank])
 
@@ -505,6 +516,23 @@ class Trainer:
             counters["best"] = float(returns.mean())
         counters["seconds"] += time.perf_counter() - start
 
+    def film_milestones(self, metrics):
+        """The videos of what was reached just now: the greedy policy of this moment on one selection seed.
+
+        It draws no random number that training draws. What is reached is a counter, so a resumed run films none twice.
+        """
+        counters, start = self.counters, time.perf_counter()
+        reached = [name for name, (key, least) in MILESTONES.items() if metrics[key] >= least]
+        new = [name for name in reached if name not in counters["milestones"]]
+        counters["milestones"] = [*counters["milestones"], *new]  # a new list: the old one may be part of a snapshot
+        if not new or not self.config.evaluation.videos:
+            return []
+        name = f"{counters['env_frames'] / 1e6:.2f}M-{new[-1]}"
+        with VideoRecorder(self.folder / "videos", 1, SELECTION_SEED, name) as recorder:
+            play(self.policy, self.config.env, [SELECTION_SEED], lander_class=RenderedLander, recorder=recorder)
+        counters["seconds"] += time.perf_counter() - start
+        return [] if recorder.failure else recorder.paths
+
     def close(self):
         self.envs.close()
 
@@ -518,7 +546,9 @@ def train(trainer, tracker, watch):
     Of many processes the first alone has a tracker, and writes.
     """
     config, counters = trainer.config, trainer.counters
-    progress = Progress(config.ppo.total_frames, counters["env_frames"], silent=tracker is None)
+    silent = tracker is None or not config.tracking.progress
+    progress = Progress(config.ppo.total_frames, counters["env_frames"], silent=silent)
+    diagnostics = Diagnostics(config)
     boundary, saved, failures, watch.patient = trainer.snapshot(), counters["env_frames"], 0, True
     try:
         while counters["env_frames"] < config.ppo.total_frames:
@@ -543,7 +573,9 @@ def train(trainer, tracker, watch):
             except OSError as error:
                 progress.say(f"best policy not saved ({error.strerror}); training goes on")
             if tracker:
-                tracker.log(metrics | {"speed/total_seconds": counters["seconds"]}, counters["env_frames"])
+                record(trainer, tracker, metrics, progress.say)
+                for sentence in diagnostics.watch(metrics):
+                    progress.say(sentence)
             progress.show(counters["env_frames"], metrics, counters["seconds"])
             boundary, trainer.between_updates, failures = trainer.snapshot(), True, 0
             watch.check_all()
@@ -566,11 +598,31 @@ def train(trainer, tracker, watch):
     watch.patient = False
 
 
+def record(trainer, tracker, metrics, say):
+    """Hand an update's numbers, and now and then videos and curves, to whoever watches."""
+    try:
+        for video in trainer.film_milestones(metrics):
+            tracker.artifact(video, "videos")
+    except OSError as error:
+        say(f"milestone not filmed ({error.strerror}); training goes on")
+    tracker.log(metrics | {"speed/total_seconds": trainer.counters["seconds"]}, trainer.counters["env_frames"])
+    if not np.isnan(metrics["eval/return_mean"]):
+        draw_curves(trainer.folder, tracker, say)
+
+
+def draw_curves(folder, tracker, say):
+    try:
+        draw_run(folder, folder / "curves.png")
+        tracker.artifact(folder / "curves.png")
+    except (PlotError, OSError) as error:
+        say(f"no curves: {error}; training goes on")
+
+
 def finish(trainer, tracker):
     """Score the best policy on unseen episodes, greedy and sampled, record videos, and hand all to MLflow."""
     config, folder = trainer.config, trainer.folder
-    draw_run(folder, folder / "curves.png")
-    for name in ("config.yaml", "metrics.csv", "curves.png"):
+    draw_curves(folder, tracker, print)
+    for name in ("config.yaml", "metrics.csv"):
         tracker.artifact(folder / name)
     tracker.artifact(folder / "checkpoints" / POLICY_FILE, "checkpoints")
     settings = config.evaluation
@@ -579,7 +631,8 @@ def finish(trainer, tracker):
     policy, _, _ = load_policy(folder)
     for sample, name, videos in ((False, "report.json", settings.videos), (True, "report_sampled.json", 0)):
         report = evaluate(
-            policy, config, folder, folder, settings.episodes, videos=videos, sample=sample, report_name=name)
+            policy, config, folder, folder, settings.episodes, videos=videos, sample=sample, report_name=name,
+            video_name="best-seed-{seed}")
         print_report(report)
         tracker.artifact(folder / name)
     tracker.artifact(folder / "videos", "videos")

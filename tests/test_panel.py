@@ -134,7 +134,7 @@ def test_a_long_and_a_bad_episode_stay_within_the_axes():
 
 
 def test_the_command_films_the_panel_beside_the_landing(policy_file, tmp_path):  # noqa: F811
-    done = run_main("--checkpoint", policy_file, "--episodes", 2, "--seed", 1000007, "--videos", 1, "--panel",
+    done = run_main("--checkpoint", policy_file, "--episodes", 1, "--seed", 1000007, "--videos", 1, "--panel",
                     "--webp", tmp_path / "panel.webp", "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "videos").iterdir()} == {"seed-1000007.mp4", "seed-1000007-panel.mp4"}
