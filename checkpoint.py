@@ -16,6 +16,7 @@ import pickle
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
@@ -41,14 +42,21 @@ def write_atomically(path, data):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None  # a full disk is reported without a name
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def save_config(config, path):
+    """Write every key of the resolved config as YAML."""
+    write_atomically(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
 
 
 def save_checkpoint(path, state):
@@ -72,7 +80,7 @@ def read_checkpoint(path):
         raise CheckpointError(f"{path}: damaged (its SHA-256 does not match); use an older checkpoint")
     try:
         return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: {str(error).splitlines()[0]}") from None
 
 
@@ -90,7 +98,7 @@ def load_checkpoint(path, warn=print):
             warn(f"skipped {error}")
     if files:
         raise CheckpointError(f"{folder}: none of its {len(files)} checkpoints is good")
-    raise CheckpointError(f"{path}: no checkpoint there{_alternatives(path)}")
+    raise CheckpointError(f"{path}: no checkpoint there{_alternatives(path, 'checkpoints/*.ckpt')}")
 
 
 def newest_run(root="runs", holding="checkpoints/*.ckpt"):
@@ -101,38 +109,64 @@ def newest_run(root="runs", holding="checkpoints/*.ckpt"):
 
 
 def save_policy(path, policy, config, env_frames):
+    write_atomically(path, policy_bytes(policy, config, env_frames))
+
+
+def policy_bytes(policy, config, env_frames):
     """Weights for sharing: safetensors, with config and the frames it was trained for in the metadata."""
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in policy.state_dict().items()}
     metadata = {"config": json.dumps(config.model_dump(mode="json")), "env_frames": str(env_frames)}
     metadata["sha256"] = _digest(tensors)  # safetensors itself does not notice a flipped bit
-    write_atomically(path, safetensors_bytes(tensors, metadata))
+    return safetensors_bytes(tensors, metadata)
 
 
 def load_policy(path):
-    """The policy in a safetensors file, or in a folder (a run's best, or results/NAME): (policy, config, file)."""
+    """The policy in a safetensors file, a checkpoint, or a folder (a run's best, or results/NAME).
+
+    Returns (policy, config, file).
+    """
     path = Path(path)
     choices = [path] if path.is_file() else [path / "checkpoints" / POLICY_FILE, path / POLICY_FILE]
     file = next((choice for choice in choices if choice.is_file()), None)
     if file is None:
-        raise CheckpointError(f"{path}: no {POLICY_FILE} there{_alternatives(path)}")
+        raise CheckpointError(f"{path}: no {POLICY_FILE} there{_alternatives(path, f'**/{POLICY_FILE}')}")
+    if file.suffix == ".ckpt":
+        state = read_checkpoint(file)
+        settings, weights = state["config"], state["policy"]
+    else:
+        settings, weights = _read_policy(file)
+    config = check_config(settings, str(file))
+    policy = build_policy(config)
+    load_weights(policy, weights, file)
+    return policy.eval(), config, file
+
+
+def _read_policy(file):
+    """(config as nested dicts, weights) in a safetensors file."""
     try:
         with safe_open(file, framework="pt") as tensors:
             metadata = tensors.metadata() or {}
             names = tensors.keys()  # it can be asked for its keys, not iterated over
-            state = {name: tensors.get_tensor(name) for name in names}
+            weights = {name: tensors.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from None
     if "config" not in metadata:
         raise CheckpointError(f"{file}: has no config in its metadata, so it is not a policy of this program")
-    if metadata.get("sha256") != _digest(state):
+    if metadata.get("sha256") != _digest(weights):
         raise CheckpointError(f"{file}: damaged (its SHA-256 does not match)")
-    config = check_config(json.loads(metadata["config"]), str(file))
-    policy = build_policy(config)
     try:
-        policy.load_state_dict(state)
+        return json.loads(metadata["config"]), weights
+    except ValueError as error:
+        raise CheckpointError(f"{file}: the config in its metadata is not JSON ({error})") from None
+
+
+def load_weights(policy, weights, file):
+    """Put `weights`, which `file` held, into `policy`; CheckpointError if they are those of another one."""
+    try:
+        policy.load_state_dict(weights)
     except RuntimeError as error:
-        raise CheckpointError(f"{file}: does not fit the policy {config.model.name}: {error}".splitlines()[0]) from None
-    return policy.eval(), config, file
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{file}: its weights do not fit the policy of this program: {reason}") from None
 
 
 def build_policy(config):
@@ -149,8 +183,10 @@ def _digest(tensors):
     return digest.hexdigest()
 
 
-def _alternatives(path):
-    there = sorted(str(run) for root in ("runs", "results") for run in Path(root).glob("*/") if run != path)
+def _alternatives(path, holding):
+    there = sorted(
+        str(run) for root in ("runs", "results") for run in Path(root).glob("*/")
+        if run != path and any(run.glob(holding)))
     if not there:
         return "; train one first: python train.py --config configs/cnn.yaml"
     return f"; there are {', '.join(there)}"

@@ -7,7 +7,9 @@ of doc; a YAML file holds only what differs. `python config.py` prints them all.
 """
 
 import difflib
+import math
 import re
+import signal
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -30,8 +32,7 @@ class ConfigError(Exception):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -43,14 +44,16 @@ class Section(BaseModel):
 
 class Run(Section):
     seed: int = Field(1, ge=0, lt=2**31, description="seeds weights, action sampling, minibatches and landers")
-    name: str = Field("", pattern=r"^[\w.-]*$", description="folder under runs/; empty: config file and time of start")
+    name: str = Field(
+        "", pattern=r"^([\w-][\w.-]*)?$", max_length=100,
+        description="folder under runs/; empty: config file and time of start")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
-    num_threads: int = Field(0, ge=0, description="CPU threads of the update; 0: one per core")
+    num_threads: int = Field(0, ge=0, le=1024, description="CPU threads of the update; 0: one per core")
     bf16: bool | None = Field(None, description="bfloat16 autocast in the network; null: where hardware computes it")
 
 
 class Env(Section):
-    num_envs: Positive = Field(32, description="landers played at once")
+    num_envs: Positive = Field(32, le=4096, description="landers played at once")
     num_workers: Positive = Field(2, description="processes that play them; divides num_envs")
     frame_skip: int = Field(4, ge=1, le=50, description="physics steps (1/50 s) per decision")
     frame_stack: int = Field(4, ge=1, le=64, description="frames the policy sees, one per decision")
@@ -77,7 +80,7 @@ class Env(Section):
 
 class PPO(Section):
     total_frames: Positive = Field(2_000_000, description="environment frames, that is physics steps, to train for")
-    num_steps: Positive = Field(64, description="decisions per lander and rollout")
+    num_steps: Positive = Field(64, le=65_536, description="decisions per lander and rollout")
     learning_rate: float = Field(1e-3, gt=0, le=1, description="Adam's step size at the start")
     adam_eps: float = Field(1e-5, gt=0, description="Adam's epsilon")
     anneal: bool = Field(True, description="learning rate falls linearly to 0 over total_frames")
@@ -103,8 +106,10 @@ class PPO(Section):
 
 class Evaluation(Section):
     interval: Positive = Field(250_000, description="frames between greedy scores that choose the best checkpoint")
-    selection_episodes: Positive = Field(40, description="episodes of such a score, on seeds never trained on")
-    episodes: int = Field(100, ge=0, description="unseen episodes that score the best checkpoint at the end; 0: none")
+    selection_episodes: Positive = Field(
+        40, le=100_000, description="episodes of such a score, on seeds never trained on")
+    episodes: int = Field(
+        100, ge=0, le=100_000, description="unseen episodes that score the best checkpoint at the end; 0: none")
     videos: int = Field(3, ge=0, description="landing videos recorded at the end")
 
 
@@ -131,10 +136,10 @@ class Config(Section):
     def _policy_options(cls, value):
         if isinstance(value, BaseModel):
             return value
-        if not isinstance(value, dict):
-            raise PydanticCustomError("model", "must be a section of keys")
+        if not (isinstance(value, dict) and all(isinstance(key, str) for key in value)):
+            raise PydanticCustomError("model", f"model={value!r} must be a section of keys")
         name = value.get("name", "cnn")
-        if name not in POLICIES:
+        if not isinstance(name, str) or name not in POLICIES:
             raise PydanticCustomError("model", f"model.name={name!r} must be one of {', '.join(POLICIES)}")
         return POLICIES[name].Options(**value)
 
@@ -142,7 +147,8 @@ class Config(Section):
     def _even_minibatches(self):
         batch, parts = self.env.num_envs * self.ppo.num_steps, self.ppo.num_minibatches
         if batch % parts:
-            nearest = sorted((d for d in range(1, batch + 1) if batch % d == 0), key=lambda d: abs(d - parts))[:2]
+            small = [d for d in range(1, math.isqrt(batch) + 1) if batch % d == 0]
+            nearest = sorted({*small, *(batch // d for d in small)}, key=lambda d: abs(d - parts))[:2]
             raise PydanticCustomError(
                 "num_minibatches", f"ppo.num_minibatches={parts} must divide env.num_envs * ppo.num_steps = {batch}; "
                 f"nearest: {', '.join(map(str, sorted(nearest)))}")
@@ -194,6 +200,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.value == "<<":
+                continue  # no key at all, which is refused below, or a merge
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
@@ -217,7 +225,7 @@ def parse_yaml(text, source):
         mark = error.problem_mark
         where = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
         raise ConfigError(f"{where}: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the last two: thousands of digits, or of brackets
         raise ConfigError(f"{source}: {' '.join(str(error).split())}") from None
 
 
@@ -231,8 +239,10 @@ def load_config(path=None, overrides=()):
             raise ConfigError(f"{path}: no such config" + (f"; there are {', '.join(there)}" if there else ""))
         try:
             tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: {error}") from None
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: not a text in UTF-8 ({error.reason} at byte {error.start})") from None
         if not isinstance(tree, dict):
             found = "but is empty" if tree is None else f"not {tree!r}"
             raise ConfigError(f"{path}: must hold sections such as `ppo:`, {found}")
@@ -276,7 +286,7 @@ def known_keys(tree=None):
     model = (tree or {}).get("model")
     name = model.get("name", "cnn") if isinstance(model, dict) else "cnn"
     sections = {s: field.annotation for s, field in Config.model_fields.items() if s != "model"}
-    sections["model"] = POLICIES.get(name, POLICIES["cnn"]).Options
+    sections["model"] = POLICIES.get(str(name), POLICIES["cnn"]).Options
     return [f"{s}.{key}" for s, section in sections.items() for key in section.model_fields] + list(sections)
 
 
@@ -285,12 +295,8 @@ def _nearest_multiples(value, of):
     return " or ".join(str(v) for v in (below, above) if v)
 
 
-def save_config(config, path):
-    """Write every key of the resolved config as YAML."""
-    Path(path).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-
-
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python config.py | head` is no error
     sections = {name: field.annotation for name, field in Config.model_fields.items() if name != "model"}
     sections |= {f"model, name={name}": policy.Options for name, policy in POLICIES.items()}
     for section, keys in sections.items():

@@ -12,10 +12,18 @@ tests/test_envs.py holds the two together bit for bit.
 Nothing here imports torch: AsyncVectorEnv's workers start by importing this module.
 """
 
+import atexit
+import ctypes
 import multiprocessing
 import os
+import shutil
 import signal
+import sys
+import tempfile
+import threading
+from contextlib import contextmanager
 from functools import partial
+from multiprocessing import forkserver
 
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # we draw into memory; no display is needed
@@ -274,8 +282,9 @@ class LanderGroup(gym.Env):
     """
 
     def __init__(self, landers, first_index, seed, frame_skip, frame_stack, shrink_factor, color):
-        if multiprocessing.parent_process():  # AsyncVectorEnv also makes one of these in the trainer
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which ends its workers itself
+        if multiprocessing.parent_process() and sys.platform == "linux":  # AsyncVectorEnv also makes one in the trainer
+            # PR_SET_PDEATHSIG: no worker, not even a frozen one, outlives the fork server, which goes with the trainer.
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
         cv2.setNumThreads(0)  # the cores belong to the workers' own processes
         self.landers = [Lander(frame_skip, frame_stack, shrink_factor, color) for _ in range(landers)]
         self.seed, self.first_index = seed, first_index
@@ -351,33 +360,94 @@ class LanderVectorEnv(AsyncVectorEnv):
     """AsyncVectorEnv that says what went wrong in which worker, and that can be closed whatever state it is in."""
 
     patience = 15.0  # seconds; a step takes hundredths of one
+    long_patience = 180.0  # seconds; to start, or to play the landers' episodes again, takes a few
+    silent = ()  # workers that were killed because they did not answer
+
+    def __init__(self, *args, **settings):
+        with self._watched():
+            super().__init__(*args, **settings)
+        atexit.register(_kill, self.processes)  # before multiprocessing waits for them, which a frozen one never ends
+
+    def reset(self, **settings):
+        with self._watched():
+            return super().reset(**settings)
+
+    def rewind(self, states):
+        """Put each worker's landers into its LanderGroup.state; their frames, uint8 (num_workers, M, K, H, W)."""
+        with self._watched():
+            super().reset()
+            self.set_attr("state", states)
+            return np.stack(self.call("current_frames"))
+
+    @contextmanager
+    def _watched(self):
+        """For calls that wait without a limit: in the end, workers that do not answer are killed, and waiting ends."""
+        watch = threading.Timer(self.long_patience, self._kill_silent)
+        watch.daemon = True
+        watch.start()
+        try:
+            yield
+        except BaseException as error:
+            if not getattr(self, "processes", None):  # it failed in the trainer itself
+                raise
+            cause = self._cause(error, self.long_patience)
+            _kill(self.processes)
+            if not isinstance(error, Exception):  # a signal
+                raise
+            raise WorkerError(cause) from error
+        finally:
+            watch.cancel()
+
+    def _kill_silent(self):
+        pairs = list(zip(getattr(self, "processes", ()), getattr(self, "parent_pipes", ()), strict=False))
+        self.silent = [i for i, (_, pipe) in enumerate(pairs) if pipe and not pipe.poll(0)]
+        _kill([pairs[i][0] for i in self.silent])
 
     def step(self, actions):
         try:
             self.step_async(actions)
             return self.step_wait(timeout=self.patience)
         except Exception as error:
-            raise WorkerError(self._cause(error)) from error
+            raise WorkerError(self._cause(error, self.patience)) from error
 
-    def _cause(self, error):
+    def _cause(self, error, patience):
         for i, (process, pipe) in enumerate(zip(self.processes, self.parent_pipes, strict=True)):
+            if self.silent or process.pid is None:
+                break
             if pipe is None:  # gymnasium has taken its error message
                 return f"worker {i} raised {type(error).__name__}: {error}"
             process.join(timeout=0.1)
             if not process.is_alive():
                 return f"worker {i} died, exit code {process.exitcode}"
-        silent = [i for i, pipe in enumerate(self.parent_pipes) if not pipe.poll(0)]
-        return f"worker {', '.join(map(str, silent))} did not answer for {self.patience:.0f} s"
+        if not isinstance(error, (multiprocessing.TimeoutError, EOFError, OSError)) or not self.processes[-1].pid:
+            return f"workers could not be started or asked: {type(error).__name__}: {error}"
+        silent = self.silent or [i for i, pipe in enumerate(self.parent_pipes) if not pipe.poll(0)]
+        return f"worker {', '.join(map(str, silent))} did not answer for {patience:.0f} s"
 
     def close_extras(self, **_):
         """Kill the workers: they hold nothing that is not known here, and one that died or froze cannot be asked."""
-        for process in self.processes:
-            process.kill()
-        for process in self.processes:
-            process.join(timeout=5)
-        for pipe in self.parent_pipes:
+        _kill(getattr(self, "processes", ()))
+        for pipe in getattr(self, "parent_pipes", ()):
             if pipe:
                 pipe.close()
+
+
+def _kill(processes):
+    started = [process for process in processes if process.pid]
+    for process in started:
+        process.kill()
+    for process in started:
+        process.join(timeout=5)
+
+
+def _check_shared_memory(size):
+    """multiprocessing maps a file; where it does not fit, the first write to it ends the process without a word."""
+    folders = [folder for folder in ("/dev/shm", tempfile.gettempdir()) if os.path.isdir(folder)]
+    free = {folder: shutil.disk_usage(folder).free for folder in folders}
+    if max(free.values()) < size:
+        there = ", ".join(f"{folder} has {room / 1e6:.1f}" for folder, room in free.items())
+        raise WorkerError(f"the frames that workers share need {size / 1e6:.1f} MB, but {there}; make room, or choose "
+                          "a smaller env.num_envs or env.frame_stack")
 
 
 def make_vector_env(num_envs, num_workers, seed=0, frame_skip=4, frame_stack=4, shrink_factor=8, color=False,
@@ -393,9 +463,17 @@ def make_vector_env(num_envs, num_workers, seed=0, frame_skip=4, frame_stack=4, 
         "color": color}
     firsts = [first_lander + w * landers for w in range(num_workers)]
     groups = [partial(LanderGroup, landers, first_index=first, **settings) for first in firsts]
+    picture = frame_planes(color) * (VIEWPORT_H // shrink_factor) * (VIEWPORT_W // shrink_factor)
+    _check_shared_memory(num_envs * frame_stack * picture)
+    # Ctrl-C is for the trainer, which ends its workers itself: the server that they are forked from passes this on.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         # copy=False: the caller copies each batch into its rollout at once. forkserver: forking a process whose
         # libraries have started threads can hang.
         return LanderVectorEnv(groups, copy=False, context="forkserver", autoreset_mode=AutoresetMode.DISABLED)
-    except (EOFError, OSError) as error:
-        raise WorkerError(f"a worker could not start ({type(error).__name__}); its own words are above") from error
+    except WorkerError as error:
+        raise WorkerError(f"{error}; it could not start, and what it said itself is above") from error

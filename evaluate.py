@@ -9,6 +9,11 @@ Episode i uses seed + i; training never uses seeds from 1,000,000 on. The policy
 `gym.make("LunarLander-v3", render_mode="rgb_array")`, rendered once per physics step, and nothing else.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is no error
+
 import argparse
 import errno
 import json
@@ -26,6 +31,7 @@ from tqdm import tqdm
 from checkpoint import CheckpointError, load_policy, newest_run, write_atomically
 from config import ConfigError
 from envs import EVALUATION_SEED, OUTCOMES, VIEWPORT_H, VIEWPORT_W, Lander, RenderedLander
+from tracking import Outlet
 
 FPS = 50  # physics steps, and so rendered frames, per second of lander time
 SOLVED = 200  # return from which gymnasium calls an episode a solution
@@ -134,7 +140,11 @@ def evaluate(policy, config, checkpoint, output, episodes=100, seed=EVALUATION_S
         "seconds": time.perf_counter() - start,
     }
     report["returns"] = report.pop("returns")  # the long list comes last
-    write_atomically(output / report_name, (json.dumps(report, indent=2) + "\n").encode())
+    try:
+        write_atomically(output / report_name, (json.dumps(report, indent=2) + "\n").encode())
+    except OSError:
+        print_report(report)  # a full disk must not cost the score
+        raise
     return report
 
 
@@ -286,26 +296,21 @@ def default_checkpoint():
     return newest_run(holding="checkpoints/policy.safetensors") or Path(__file__).parent / "results" / "cnn"
 
 
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return value
-
-
-def natural(text):
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError("must be 0 or more")
-    return value
+def whole(low, high):
+    """An argparse type: a whole number in this range."""
+    def parse(text):
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high:,}, not {text!r}")
+        return int(text)
+    return parse
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="runs/NAME, results/NAME or a .safetensors file")
-    parser.add_argument("--episodes", type=positive, default=100)
-    parser.add_argument("--seed", type=natural, default=EVALUATION_SEED, help="seed of the first episode")
-    parser.add_argument("--videos", type=natural, default=3, help="record this many of the episodes")
+    parser.add_argument("--episodes", type=whole(1, 100_000), default=100)
+    parser.add_argument("--seed", type=whole(0, 2**31 - 1), default=EVALUATION_SEED, help="seed of the first episode")
+    parser.add_argument("--videos", type=whole(0, 100_000), default=3, help="record this many of the episodes")
     parser.add_argument("--panel", action="store_true", help="beside each video, another with an instrument panel")
     parser.add_argument("--webp", type=Path, metavar="FILE", help="also the first video, or its panel, as moving WebP")
     parser.add_argument("--sample", action="store_true", help="sample actions instead of taking the likeliest")
@@ -323,8 +328,10 @@ def main(argv=None):
         report = evaluate(
             policy, config, checkpoint, output, args.episodes, args.seed, min(args.videos, args.episodes), args.sample,
             panel=args.panel)
-    except (CheckpointError, ConfigError, OSError) as error:
+    except (CheckpointError, ConfigError) as error:
         sys.exit(f"evaluate.py: {error}")
+    except OSError as error:
+        sys.exit(f"evaluate.py: {error.filename}: {error.strerror}; --output names another folder")
     print_report(report)
     print(f"  written  {output / 'report.json'}" + (f", {output / 'videos'}" if args.videos else ""))
     if args.webp:
@@ -336,4 +343,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Outlet(sys.stdout), Outlet(sys.stderr)
     main()

@@ -6,6 +6,11 @@
 A label with several runs (seeds of one setting) is drawn as their mean, in a band from the lowest to the highest.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is no error
+
 import argparse
 import csv
 import sys
@@ -17,6 +22,9 @@ matplotlib.use("Agg")  # draws into files; no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
 
+NEEDED = (
+    "frames", "rollout/return_mean", "rollout/landed_rate", "update/clip_fraction", "update/approx_kl",
+    "update/entropy", "update/explained_variance", "eval/return_mean", "speed/total_seconds")
 SOLVED = 200  # mean return from which the task counts as solved
 # The bands that the write-up this repository answers steered by.
 CLIP_FRACTION_BAND, KL_BAND = (0.1, 0.2), (0.0, 0.3)
@@ -34,8 +42,11 @@ def read_metrics(run):
         with open(path, newline="") as file:
             header, *rows = list(csv.reader(file)) or [[]]
         columns = np.array([row for row in rows if len(row) == len(header)], float).T
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise PlotError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    lacking = [key for key in NEEDED if key not in header]
+    if header and lacking:
+        raise PlotError(f"{path}: not the metrics of a run, it has no column {lacking[0]}")
     if not columns.size:
         raise PlotError(f"{path}: holds no update yet")
     return dict(zip(header, columns, strict=True))
@@ -101,8 +112,16 @@ def draw_comparison(groups, output):
 
 
 def _save(figure, output):
-    figure.savefig(output, dpi=100)
-    plt.close(figure)
+    try:
+        figure.savefig(output, dpi=100, format=Path(output).suffix[1:] or "png")
+    except ValueError as error:  # a format that matplotlib does not know
+        raise PlotError(f"{output}: {error}") from None
+    except OSError as error:  # as a full disk, which leaves half a file
+        if Path(output).is_file():
+            Path(output).unlink()
+        raise PlotError(f"{output}: {error.strerror}") from None
+    finally:
+        plt.close(figure)
 
 
 def main(argv=None):
@@ -118,7 +137,10 @@ def main(argv=None):
         else:
             output = args.output or Path("compare.png")
             named = [run.rpartition("=") for run in args.runs]
-            draw_comparison({label or Path(runs).name: runs.split(",") for label, _, runs in named}, output)
+            groups = {label or Path(runs).name: runs.split(",") for label, _, runs in named}
+            if len(groups) < len(named):
+                raise PlotError("a label is given twice; several runs of one label are written LABEL=RUN,RUN")
+            draw_comparison(groups, output)
     except (PlotError, OSError) as error:
         sys.exit(f"plot.py: {error}")
     print(output)

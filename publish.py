@@ -6,6 +6,11 @@
 Nothing is typed by hand: every number comes from the run's own metrics.csv, config.yaml, machine.json and reports.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is no error
+
 import argparse
 import json
 import shutil
@@ -72,6 +77,21 @@ def score(report):
     return f"{report['return_mean']:.0f} [{low:.0f}, {high:.0f}]"
 
 
+class PublishError(Exception):
+    """A run that cannot be published; one line."""
+
+
+def read_json(file, *keys):
+    """The dict in a file, which must have these keys."""
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise PublishError(f"{file}: not JSON ({error})") from None
+    if not (isinstance(content, dict) and set(keys) <= content.keys()):
+        raise PublishError(f"{file}: lacks some of {', '.join(keys)}; is the run finished?")
+    return content
+
+
 def multiply_adds(policy, height, width, decisions=64):
     """Of one decision while learning, forward only: the mean over successive ones, which share most of their frames."""
     frames = torch.zeros(decisions + policy.stack - 1, policy.planes, height, width, dtype=torch.uint8)
@@ -94,11 +114,13 @@ def command(config, name):
 
 
 def facts(folder):
-    """What a table row and a card say of results/NAME, all read from its files."""
+    """What a table row and a card say of a run's folder or results/NAME, all read from its files."""
     policy, config, _ = load_policy(folder)
     metrics = read_metrics(folder)
-    report, sampled, machine = (
-        json.loads((folder / name).read_text()) for name in ("report.json", "report_sampled.json", "machine.json"))
+    report, sampled = (
+        read_json(folder / name, "return_mean", "return_ci95", "landed_rate", "solved_rate")
+        for name in ("report.json", "report_sampled.json"))
+    machine = read_json(folder / "machine.json", "machine", "git_commit")
     solved = reached(metrics)
     return {
         "name": folder.name, "policy": config.model.name, "seed": config.run.seed, "solved": SOLVED,
@@ -116,6 +138,7 @@ def facts(folder):
 
 def publish(run, name):
     run, folder = Path(run), HERE / "results" / name
+    facts(run)  # what is missing or damaged is found out before anything is replaced
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(run / "checkpoints" / POLICY_FILE, folder)
     for file in FILES:
@@ -135,6 +158,8 @@ def write_pages():
         (folder / "README.md").write_text(CARD.format(landing=landing, **facts(folder)))
     readme = HERE / "README.md"
     before, _, rest = readme.read_text().partition(BEGIN)
+    if END not in rest:
+        raise PublishError(f"{readme}: has no place for the table, between {BEGIN} and {END}")
     readme.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}")
 
 
@@ -163,7 +188,7 @@ def main(argv=None):
         if args.run:
             publish(args.run, args.name or Path(args.run).name)
         write_pages()
-    except (CheckpointError, ConfigError, PlotError, OSError) as error:
+    except (CheckpointError, ConfigError, PlotError, PublishError, OSError) as error:
         sys.exit(f"publish.py: {error}")
 
 

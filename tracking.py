@@ -6,7 +6,6 @@
 The CSV gets exactly what MLflow gets, the machine's load apart, so a curve survives without a server.
 """
 
-import csv
 import errno
 import json
 import os
@@ -63,28 +62,50 @@ class Metrics:
 
     def __init__(self, path):
         self.path, self.columns, self.waiting = Path(path), None, []
-        if self.path.exists():
-            with open(self.path, newline="") as file:
-                self.columns = next(csv.reader(file), None)
+        header = self.path.read_text(errors="replace").partition("\n")[0] if self.path.exists() else ""
+        if header.startswith("frames,"):
+            self.columns = header.split(",")
+
+    def rows(self):
+        """The whole rows: a list of (line, its numbers in the order of `columns`)."""
+        rows = []
+        for line in self.path.read_text(errors="replace").splitlines(keepends=True)[1:] if self.columns else ():
+            fields = line.split(",")
+            with suppress(ValueError):  # a line that a power cut or an editor left
+                if line.endswith("\n") and len(fields) == len(self.columns):
+                    rows.append((line, [int(fields[0]), *map(float, fields[1:])]))
+        return rows
 
     def drop_after(self, frames):
-        """Forget rows beyond `frames`: they belong to what a resumed run is about to do again."""
-        if self.columns:
-            header, *rows = self.path.read_text().splitlines(keepends=True)
-            kept = [row for row in rows if row.endswith("\n") and int(row.split(",", 1)[0]) <= frames]
-            write_atomically(self.path, (header + "".join(kept)).encode())
+        """Forget rows beyond `frames`: they belong to what a resumed run is about to do again.
+
+        A file that is not one of metrics is put aside. Returns the frames of the last row that is left, 0 if none.
+        """
+        if not self.columns:
+            if self.path.exists() and self.path.stat().st_size:
+                self.path.rename(self.path.with_suffix(".csv.damaged"))
+            return 0
+        kept = [(line, row) for line, row in self.rows() if row[0] <= frames]
+        write_atomically(self.path, (",".join(self.columns) + "\n" + "".join(line for line, _ in kept)).encode())
+        return kept[-1][1][0] if kept else 0
 
     def append(self, row):
-        """OSError leaves the file as it was; the row is written together with the next one."""
-        if self.columns is None:
-            self.columns = list(row)
-            self.waiting.append(",".join(self.columns) + "\n")
-        self.waiting.append(",".join(str(row[key]) for key in self.columns) + "\n")
+        """OSError leaves the file as it was; the row is written together with the next one, or by `flush`."""
+        self.columns = self.columns or list(row)
+        self.waiting.append(",".join(str(row.get(key, float("nan"))) for key in self.columns) + "\n")
+        self.flush()
+
+    def flush(self):
+        """Write what waits, down to the disk: a checkpoint must never be newer than the rows that led to it."""
+        if not self.waiting:
+            return
         with open(self.path, "ab", buffering=0) as file:
-            size, data = file.tell(), "".join(self.waiting).encode()
+            size, data = file.tell(), "".join(self.waiting)
+            data = (data if size else ",".join(self.columns) + "\n" + data).encode()
             try:
                 if file.write(data) < len(data):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
             except OSError:
                 file.truncate(size)
                 raise
@@ -174,18 +195,21 @@ class Tracker:
         self.folder, self.settings = Path(run_folder), config.tracking
         self.metrics, self.tags = Metrics(self.folder / "metrics.csv"), machine_tags(threads)
         self._tell_differences()
-        self.client, self.run_id, self.sender, self.trouble = None, run_id, None, None
+        self.client, self.run_id, self.sender, self.told = None, run_id, None, set()
         if self.settings.mlflow:
             self._start_mlflow(config)
 
     def _tell_differences(self):
         """A run is repeated bit for bit only by the same code, packages, machine and number of threads."""
         file = self.folder / "machine.json"
-        before = json.loads(file.read_text()) if file.exists() else self.tags
+        try:
+            before = dict(json.loads(file.read_text()))
+        except (OSError, ValueError, TypeError):  # a new run, or a damaged file
+            before = self.tags
         changed = [f"{key} was {before.get(key)}, is {now}" for key, now in self.tags.items() if before.get(key) != now]
         if changed:
             print(f"this run began elsewhere, so it goes on well but not bit for bit: {'; '.join(changed)}")
-        file.write_text(json.dumps(self.tags, indent=2) + "\n")
+        write_atomically(file, (json.dumps(self.tags, indent=2) + "\n").encode())
 
     def _start_mlflow(self, config):
         import mlflow
@@ -201,12 +225,23 @@ class Tracker:
                 self.run_id = self.client.create_run(experiment, tags=tags).info.run_id
                 params = [Param(key, str(value)) for key, value in config.flat().items()]
                 self.client.log_batch(self.run_id, params=params, tags=[RunTag("run_folder", self.folder.name)])
+            self.sender = Sender(self.client, self.run_id)
+            self._fill_gap()
         except Exception as error:  # whatever the store raises, the user needs one line of it
             raise TrackingError(
                 f"MLflow store {self.settings.uri} cannot be used: {_first_line(error)}; tracking.mlflow=false trains "
                 "without it") from error
-        self.sender = Sender(self.client, self.run_id)
         self.sender.start()
+
+    def _fill_gap(self):
+        """Send the rows of metrics.csv that MLflow lacks: those of a killed run, of a lost store, of a deleted run."""
+        rows = [row for _, row in self.metrics.rows()]
+        there = {m.step for m in self.client.get_metric_history(self.run_id, "update/entropy")} if rows else ()
+        lacking = [dict(zip(self.metrics.columns, row, strict=True)) for row in rows if row[0] not in there]
+        for row in lacking:
+            self._send(row, row.pop("frames"))
+        if lacking:
+            print(f"MLflow lacked {len(lacking)} updates of {self.metrics.path}; they are sent now")
 
     def _reopen(self):
         """Go on with the MLflow run of a resumed training; False if it is no longer there."""
@@ -223,12 +258,15 @@ class Tracker:
         """metrics: {name: number}, nan for what this update did not measure; `frames` is the x axis."""
         self._try("metrics.csv", self.metrics.append, {"frames": frames} | metrics)
         if self.sender:
-            from mlflow.entities import Metric
+            self._send(metrics, frames)
 
-            now = int(time.time() * 1000)
-            load, self.sender.load = self.sender.load, {}
-            row = [Metric(k, float(v), now, frames) for k, v in (metrics | load).items() if v == v]
-            self.sender.waiting.append(row)
+    def _send(self, metrics, frames):
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        load, self.sender.load = self.sender.load, {}
+        row = [Metric(k, float(v), now, frames) for k, v in (metrics | load).items() if v == v]
+        self.sender.waiting.append(row)
 
     def artifact(self, path, folder=None):
         """Send a file, or what is in a folder, beside the training, to `folder` among the run's artifacts."""
@@ -236,18 +274,21 @@ class Tracker:
             self.sender.files.append((Path(path), folder))
 
     def _try(self, what, call, *args):
-        """Trouble with records never costs training: it is told once."""
+        """Trouble with records never costs training: it is told once of each."""
         try:
             call(*args)
         except Exception as error:
-            if not self.trouble:
-                self.trouble = error
+            if what not in self.told:
                 print(f"{what}: {_first_line(error)}; training goes on", file=sys.stderr)
+            self.told.add(what)
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback):
+        self._try("metrics.csv", self.metrics.flush)
+        if self.metrics.waiting:
+            print(f"{self.metrics.path} lacks the last {len(self.metrics.waiting)} updates", file=sys.stderr)
         if not self.client:
             return
         updates, files = self.sender.close()
@@ -258,6 +299,32 @@ class Tracker:
         # What is no Exception, as KeyboardInterrupt, was the user's wish.
         status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
         self._try("MLflow", self.client.set_terminated, self.run_id, status)
+
+
+class Outlet:
+    """A standard stream that may break, as a pipe to `head` or a log on a full disk: no run ends for its messages."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 - None where the shell has closed it
+        self.stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self._try(self.stream.flush)
+
+    def _try(self, call, *args):
+        try:
+            call(*args)
+        except BrokenPipeError:  # for good: what is still to be written goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except OSError:
+            pass
 
 
 class Progress:

@@ -13,13 +13,19 @@ import os
 # OpenMP's threads spin after a parallel region and would steal the cores from the landers; read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is loaded; SignalWatch takes over
+
 import argparse
 import copy
-import signal
+import fcntl
+import itertools
 import sys
 import time
 from collections import deque
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -34,18 +40,22 @@ from checkpoint import (
     build_policy,
     load_checkpoint,
     load_policy,
+    load_weights,
     newest_run,
+    policy_bytes,
+    read_checkpoint,
     save_checkpoint,
-    save_policy,
+    save_config,
+    write_atomically,
 )
-from config import ConfigError, apply_overrides, check_config, load_config, parse_yaml, save_config
+from config import ConfigError, apply_overrides, check_config, load_config, parse_yaml
 from diagnostics import Diagnostics
 from distributed import ALONE, World, launcher
 from envs import NUM_ACTIONS, OUTCOMES, SELECTION_SEED, RenderedLander, WorkerError, make_vector_env
 from evaluate import VideoRecorder, evaluate, play, print_report
 from models import WeightsError
 from plot import PlotError, draw_run
-from tracking import Metrics, Progress, Tracker, TrackingError
+from tracking import Metrics, Outlet, Progress, Tracker, TrackingError
 
 
 @dataclass
@@ -241,6 +251,8 @@ def update(policy, optimizer, rollout, advantages, returns, ppo, entropy_coef, a
                 sums[key] = sums.get(key, 0.0) + float(metric)
         if ppo.target_kl is not None and world.mean(epoch_kl) > ppo.target_kl:
             break
+    if not all(torch.isfinite(tensor).all() for tensor in policy.state_dict().values()):
+        raise FloatingPointError("the weights are not finite")
     means = {key: world.mean(total / count) for key, total in sums.items()}
     values, returns = world.join_tensors(rollout.values), world.join_tensors(returns)
     return means | {"explained_variance": explained_variance(values, returns)}
@@ -274,7 +286,7 @@ class TrainingError(Exception):
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM; `code` is the exit status. It is no error, so no Exception."""
+    """SIGINT, SIGTERM or SIGHUP; `code` is the exit status. It is no error, so no Exception."""
 
     def __init__(self, number):
         super().__init__(signal.Signals(number).name)
@@ -282,7 +294,7 @@ class Interrupted(BaseException):
 
 
 class SignalWatch:
-    """Turns the first SIGINT or SIGTERM into Interrupted, at once or, if `patient`, at the next `check`.
+    """Turns the first SIGINT, SIGTERM or SIGHUP into Interrupted, at once or, if `patient`, at the next `check`.
 
     The second one ends the process as if there were no watch; but torchrun passes on to each of many processes what
     they may all have got already, and kills them itself after half a minute, so there a second one means nothing.
@@ -290,8 +302,9 @@ class SignalWatch:
 
     def __init__(self, world=ALONE):
         self.received, self.patient, self.world = None, False, world
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self._receive)
 
     def _receive(self, number, _):
         first, self.received = self.received is None, self.received or number
@@ -351,11 +364,12 @@ class Trainer:
         self.envs = self._make_envs()
         self.counters = {
             "env_frames": 0, "updates": 0, "seconds": 0.0, "late": False, "best": None, "next_evaluation": 0,
-            "milestones": []}
+            "milestones": [], "scored": None}  # episodes of the final score, once it is done
         self.recent = deque(maxlen=100)  # (return, length, outcome) of the last episodes
         self.landers = [[1, []] for _ in range(env.num_envs)]  # episodes begun, actions of the last: LanderGroup.state
         self.run_id = None
         self.between_updates = True
+        self.unsaved_best = None  # bytes of the policy file that a full disk did not take
         if state:
             self._restore(state)
         else:
@@ -422,16 +436,31 @@ class Trainer:
         return {"policy": self.policy.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def save(self, snapshot):
+        """Write a checkpoint, and before it what the run's files lack to match it; OSError leaves the old ones."""
         if self.world.rank:
             return
+        self.save_best()
         name = f"{snapshot['counters']['env_frames']:012d}.ckpt"
         config = {"config": self.config.model_dump(mode="json")}
         save_checkpoint(self.folder / "checkpoints" / name, config | self._learned() | snapshot)
         for old in sorted((self.folder / "checkpoints").glob("*.ckpt"))[: -self.config.tracking.keep]:
-            old.unlink()
+            old.unlink(missing_ok=True)
+
+    def save_best(self):
+        if self.unsaved_best:
+            write_atomically(self.folder / "checkpoints" / POLICY_FILE, self.unsaved_best)
+            self.unsaved_best = None
+
+    def mark_scored(self):
+        """Note in the last checkpoint that this run has nothing left to do."""
+        self.counters["scored"] = self.config.evaluation.episodes
+        file = self.folder / "checkpoints" / f"{self.counters['env_frames']:012d}.ckpt"
+        with suppress(OSError, CheckpointError):  # then a resumed run only scores again
+            state = read_checkpoint(file)
+            save_checkpoint(file, state | {"counters": dict(self.counters)})
 
     def _restore(self, state):
-        self.policy.load_state_dict(state["policy"])
+        load_weights(self.policy, state["policy"], self.folder)
         self.optimizer.load_state_dict(state["optimizer"])
         self.counters |= state["counters"]
         self.run_id = state["run_id"]
@@ -443,9 +472,7 @@ class Trainer:
         self.landers = [[episodes, list(actions)] for episodes, actions in snapshot["landers"]]
         size = len(self.landers) // self.envs.num_envs
         groups = [self.landers[i : i + size] for i in range(0, len(self.landers), size)]
-        self.envs.reset()
-        self.envs.set_attr("state", groups)
-        self.frames = self._frames(np.stack(self.envs.call("current_frames")))
+        self.frames = self._frames(self.envs.rewind(groups))
         self.generator.set_state(snapshot["generator"])
         torch.set_rng_state(snapshot["torch_rng"])
         if snapshot["cuda_rng"] and self.device.type == "cuda":
@@ -480,6 +507,7 @@ class Trainer:
         self.recent.extend(episode for stats in everyones for episode in stats["episodes"])
         counters["env_frames"] += env_frames
         counters["updates"] += 1
+        counters["scored"] = None
         counters["seconds"] += end - start
         returns, lengths, outcomes = zip(*self.recent, strict=True) if self.recent else ([float("nan")],) * 3
         return_mean = float(np.mean(returns))
@@ -512,9 +540,10 @@ class Trainer:
         metrics["eval/return_mean"] = float(returns.mean())
         metrics["eval/landed_rate"] = float((outcomes == OUTCOMES.index("rest")).mean())
         if counters["best"] is None or returns.mean() > counters["best"]:
-            save_policy(self.folder / "checkpoints" / POLICY_FILE, self.policy, self.config, counters["env_frames"])
+            self.unsaved_best = policy_bytes(self.policy, self.config, counters["env_frames"])
             counters["best"] = float(returns.mean())
         counters["seconds"] += time.perf_counter() - start
+        self.save_best()
 
     def film_milestones(self, metrics):
         """The videos of what was reached just now: the greedy policy of this moment on one selection seed.
@@ -551,8 +580,14 @@ def train(trainer, tracker, watch):
     diagnostics = Diagnostics(config)
     boundary, saved, failures, watch.patient = trainer.snapshot(), counters["env_frames"], 0, True
     try:
+        trainer.save(boundary)  # a disk that takes none is found out now, not in an hour
+    except OSError as error:
+        raise TrainingError(f"{trainer.folder}/checkpoints: {error.strerror}; nothing is trained before that") from None
+    try:
         while counters["env_frames"] < config.ppo.total_frames:
             try:
+                if failures:
+                    trainer.restart_workers(boundary)
                 metrics = trainer.update_once()
             except WorkerError as error:
                 time.sleep(0.2)  # a signal to the whole group may reach the workers before it reaches us
@@ -561,17 +596,16 @@ def train(trainer, tracker, watch):
                 if failures > MAX_FAILURES:
                     raise TrainingError(f"{error}, after {MAX_FAILURES} restarts") from error
                 progress.say(f"{error}; going on with new workers, which repeat this rollout")
-                trainer.restart_workers(boundary)
                 continue
             except FloatingPointError as error:
                 raise TrainingError(
-                    f"update {counters['updates'] + 1}: {error}; stopped before the optimizer used it. Go on from the "
-                    f"last good checkpoint: {launcher(trainer.world.size)} train.py --resume {trainer.folder}"
-                ) from None
+                    f"update {counters['updates'] + 1}: {error}; stopped before the optimizer or a checkpoint took it. "
+                    f"Go on from the last good checkpoint: {launcher(trainer.world.size)} train.py --resume "
+                    f"{trainer.folder}") from None
             try:
                 trainer.select(metrics)
             except OSError as error:
-                progress.say(f"best policy not saved ({error.strerror}); training goes on")
+                progress.say(f"best policy not saved ({error.strerror}); training goes on and will try again")
             if tracker:
                 record(trainer, tracker, metrics, progress.say)
                 for sentence in diagnostics.watch(metrics):
@@ -581,6 +615,8 @@ def train(trainer, tracker, watch):
             watch.check_all()
             if counters["env_frames"] - saved >= config.tracking.checkpoint_interval:
                 try:
+                    if tracker:
+                        tracker.metrics.flush()
                     trainer.save(boundary)
                     saved = counters["env_frames"]
                 except OSError as error:
@@ -588,7 +624,8 @@ def train(trainer, tracker, watch):
     finally:
         progress.close()
         # Collecting changes no weights, so the last boundary is whole even if an update was cut off in its rollout.
-        if (trainer.between_updates or "policy" in boundary) and boundary["counters"]["updates"] > 0:
+        whole = trainer.between_updates or "policy" in boundary
+        if whole and boundary["counters"]["env_frames"] != saved:
             try:
                 trainer.save(boundary)
             except OSError as error:
@@ -647,38 +684,103 @@ def resume_config(saved, overrides):
     fixed = []
     for override in overrides:
         key, _, value = override.partition("=")
-        if key in before and not key.startswith(RESUMABLE) and str(before[key]) != str(parse_yaml(value, override)):
+        key = key.strip()
+        if key in before and not key.startswith(RESUMABLE) and before[key] != parse_yaml(value, override):
             fixed.append(f"{key} was {before[key]!r}, asked for {value}")
     if fixed:
         raise ConfigError("a resumed run keeps its config: " + ", ".join(fixed))
     return apply_overrides({section: dict(keys) for section, keys in saved.items()}, overrides)
 
 
-def start_run(args, processes=1):
-    """(config, run folder, checkpoint state or None) from the command line."""
-    if args.resume is None:
-        config = load_config(args.config, args.overrides)
-        name = config.run.name or f"{Path(args.config).stem if args.config else 'run'}-{datetime.now():%Y%m%d-%H%M%S}"
-        folder = Path("runs") / name
-        if any(folder.glob("checkpoints/*")):
-            raise ConfigError(f"{folder}: that run exists; go on with --resume {folder}, or choose another run.name")
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.csv").unlink(missing_ok=True)
-        save_config(config, folder / "config.yaml")
-        return config, folder, None
-    path = newest_run() if args.resume == "latest" else Path(args.resume)
+def is_finished(config, state):
+    """Whether a checkpoint's run has nothing left to do, neither to train nor to score."""
+    counters = state["counters"]
+    return (counters["env_frames"] >= config.ppo.total_frames
+            and counters.get("scored") == config.evaluation.episodes)
+
+
+@contextmanager
+def locked(folder):
+    """Hold the run's folder, for as long as the process lives at most; ConfigError if another one does."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"{folder}: another process is at this run; let it end, or stop it, first") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def new_folder(config, config_file):
+    """Make runs/NAME; without a name, one that no other run has, even one started in the same second."""
+    runs, name = Path("runs"), config.run.name
+    if name:
+        (runs / name).mkdir(parents=True, exist_ok=True)
+        return runs / name
+    name = f"{Path(config_file).stem if config_file else 'run'}-{datetime.now():%Y%m%d-%H%M%S}"
+    runs.mkdir(exist_ok=True)
+    for number in itertools.count(1):
+        folder = runs / (name if number == 1 else f"{name}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+
+
+def drop_unfinished(folder):
+    """Remove what a kill in the midst of writing left."""
+    for file in folder.rglob(".*.tmp"):
+        file.unlink()
+
+
+def start_run(args, lock, processes=1):
+    """(config, run folder, checkpoint state or None) from the command line; `lock`, an ExitStack, holds the folder."""
+    if args.resume is not None:
+        return resume_run("latest" if args.resume == "latest" else Path(args.resume), args.overrides, lock, processes)
+    config = load_config(args.config, args.overrides)
+    folder = new_folder(config, args.config)
+    lock.enter_context(locked(folder))
+    drop_unfinished(folder)
+    if any(folder.glob("checkpoints/*")):
+        raise ConfigError(f"{folder}: that run exists; go on with --resume {folder}, or choose another run.name")
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    (folder / "metrics.csv").unlink(missing_ok=True)
+    save_config(config, folder / "config.yaml")
+    return config, folder, None
+
+
+def resume_run(path, overrides, lock, processes=1):
+    """As start_run, from a run's folder, a checkpoint file or "latest"."""
+    path = newest_run() if path == "latest" else path
     if path is None:
         raise CheckpointError("no run under runs/ has a checkpoint to resume")
+    folder = path if path.is_dir() else Path(os.path.relpath(path.absolute().parent.parent))
+    if (folder / "checkpoints").is_dir():
+        lock.enter_context(locked(folder))
     state = load_checkpoint(path)
+    if not (isinstance(state, dict) and {"config", "counters", "policy", "landers"} <= state.keys()):
+        raise CheckpointError(f"{path}: holds no training run")
+    if not path.is_dir() and path.absolute().parent.name != "checkpoints":
+        raise CheckpointError(f"{path}: to go on from it, put it into the checkpoints/ of its run's folder")
     saved = 1 + len(state.get("peers", []))
     if saved != processes:
         raise CheckpointError(f"{path}: holds the landers of {saved} process(es), but {processes} were started; go on "
                               f"with: {launcher(saved)} train.py --resume {path}")
-    config = resume_config(state["config"], args.overrides)
-    folder = path if path.is_dir() else path.parent.parent
-    for unfinished in (folder / "checkpoints").glob(".*.tmp"):  # what a kill in the midst of writing left
-        unfinished.unlink()
-    Metrics(folder / "metrics.csv").drop_after(state["counters"]["env_frames"])
+    config = resume_config(state["config"], overrides)
+    counters = state["counters"]
+    drop_unfinished(folder)
+    if is_finished(config, state):
+        return config, folder, state
+    # Left in their place, newer ones, damaged or not, would be taken for newer than those that are about to be saved.
+    for newer in folder.glob("checkpoints/*.ckpt"):
+        if newer.name > f"{counters['env_frames']:012d}.ckpt":
+            newer.rename(newer.with_suffix(".ckpt.aside"))
+            print(f"{newer} is newer than what this run goes on from; it is put aside as {newer.name}.aside")
+    there = Metrics(folder / "metrics.csv").drop_after(counters["env_frames"])
+    if there < counters["env_frames"]:
+        print(f"{folder}/metrics.csv lacks the updates between {there:,} and {counters['env_frames']:,} frames")
     save_config(config, folder / "config.yaml")
     return config, folder, state
 
@@ -692,14 +794,21 @@ def main(argv=None):
     if (args.config is None) == (args.resume is None):
         parser.error("give either --config FILE or --resume RUN")
     world = World.launched()
-    trainer, folder, watch = None, None, SignalWatch(world)
+    trainer, folder, watch, lock = None, None, SignalWatch(world), ExitStack()
     who, how = f"train.py, process {world.rank}" if world.rank else "train.py", f"{launcher(world.size)} train.py"
     try:
         world.join()
-        config, folder, state = world.share(start_run(args, world.size) if world.rank == 0 else None)
+        config, folder, state = world.share(start_run(args, lock, world.size) if world.rank == 0 else None)
+        if state and is_finished(config, state):
+            if world.rank == 0:
+                frames = state["counters"]["env_frames"]
+                print(f"{folder}: finished, {frames:,} frames; a larger ppo.total_frames goes on")
+            return
         trainer = Trainer(config, folder, state, world)
         threads = f"{world.size} processes of {trainer.num_threads}" if world.size > 1 else trainer.num_threads
+        watch.patient = True  # a run that MLflow has begun is to be ended there
         with Tracker(config, folder, threads, trainer.run_id) if world.rank == 0 else nullcontext() as tracker:
+            watch.check_all()
             if tracker:
                 trainer.run_id = tracker.run_id
                 total = config.ppo.total_frames
@@ -707,19 +816,28 @@ def main(argv=None):
             train(trainer, tracker, watch)
             trainer.close()
             world.leave()
-            if tracker:
-                finish(trainer, tracker)
-    except (ConfigError, CheckpointError, TrackingError, TrainingError, WeightsError, WorkerError, OSError) as error:
+            try:
+                if tracker:
+                    finish(trainer, tracker)
+            except OSError as error:
+                raise TrainingError(f"{error.filename or folder}: {error.strerror}; training is done and saved, and "
+                                    f"{how} --resume {folder} scores it") from None
+            watch.patient = True
+        if world.rank == 0:
+            trainer.mark_scored()
+    except (ConfigError, CheckpointError, TrackingError, TrainingError, WeightsError, WorkerError) as error:
         sys.exit(f"{who}: {error}")
-    except torch.OutOfMemoryError as error:
-        sys.exit(
-            f"{who}: {str(error).splitlines()[0]} A larger ppo.num_minibatches, or smaller env.num_envs, "
-            "ppo.num_steps or model, needs less.")
-    except RuntimeError as error:
-        if not world.lost(error):
+    except OSError as error:
+        sys.exit(f"{who}: {error.filename}: {error.strerror}" if error.filename else f"{who}: {error}")
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if world.lost(error):
+            sys.exit(1 if world.rank else f"{who}: another process of this training ended; what was saved goes on "
+                     f"with: {how} --resume {folder}")
+        if type(error) is RuntimeError and "allocate memory" not in str(error):  # torch on a CPU
             raise
-        sys.exit(1 if world.rank else f"{who}: another process of this training ended; what was saved goes on with: "
-                 f"{how} --resume {folder}")
+        sys.exit(
+            f"{who}: {(str(error) or 'Out of memory.').splitlines()[0]} A larger ppo.num_minibatches, or smaller "
+            "env.num_envs, ppo.num_steps or model, needs less.")
     except Interrupted as interruption:
         saved = folder and any(folder.glob("checkpoints/*.ckpt"))
         if world.rank == 0:
@@ -729,7 +847,9 @@ def main(argv=None):
     finally:
         if trainer:
             trainer.close()
+        lock.close()
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Outlet(sys.stdout), Outlet(sys.stderr)
     main()

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from config import ConfigError, check_config, known_keys, load_config, save_config
+from checkpoint import save_config
+from config import ConfigError, check_config, known_keys, load_config
 from models import POLICIES
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
