@@ -1,11 +1,12 @@
 """Kills a training run again and again, resumes it each time, and compares it with one that was left alone.
 
-    python benchmarks/torture.py [--kills 50] [--how trainer|group|worker] [--seed 0]
+    python benchmarks/torture.py [--kills 50] [--how trainer|group|worker|disk] [--seed 0]
 
 trainer: SIGKILL to the trainer at a random instant, while it starts, collects, learns or writes one of its checkpoints,
 which it does after every update. group: SIGTERM to trainer and workers at once. worker: SIGKILL to a random worker,
-which the trainer has to replace. At the end weights, landers and metrics.csv must be those of the other run, bit for
-bit, every checkpoint must be whole, no process left, and MLflow must hold one run. Exits with 1 if anything differs.
+which the trainer has to replace. disk: for a while no file takes another byte (RLIMIT_FSIZE), and every third time the
+trainer is killed in the midst of it. At the end weights, landers and metrics.csv must be those of the other run, bit
+for bit, every checkpoint must be whole, no process left, and MLflow must hold one run. Exits with 1 otherwise.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import torch
 from checkpoint import CheckpointError, load_checkpoint, read_checkpoint
 from tests.runs import CONFIG, TINY, only_run, rows, run, start, wait_for_rows, without_speed, workers_of
 
+OUT_OF_ROOM = 1  # exit status of a life that began or ended while the disk was full
 SETTINGS = [*TINY, "evaluation.episodes=0", "tracking.checkpoint_interval=1"]
 
 
@@ -36,7 +38,10 @@ def lives(folder, how, kills, dice, arguments):
     resumes, orphans, process = 0, [], start(folder, *arguments)
     metrics = folder / "runs" / "tortured" / "metrics.csv"
     wait_for_rows(process, metrics.parent, 2)  # before the first checkpoint there is nothing to resume
-    while kills and process.poll() is None:
+    while kills and process.poll() in (None, OUT_OF_ROOM):
+        if process.returncode == OUT_OF_ROOM and how == "disk":
+            process = start(folder, "--resume", "runs/tortured")
+            resumes += 1
         # A few lives end while they start, most while they train or save.
         before, training = metrics.stat().st_mtime_ns, how == "worker" or dice.random() < 0.8
         while training and process.poll() is None and metrics.stat().st_mtime_ns == before:
@@ -51,13 +56,26 @@ def lives(folder, how, kills, dice, arguments):
                 dice.choice(workers).kill()
                 kills -= 1
             continue
+        if how == "disk":
+            kills -= 1
+            full = psutil.Process(process.pid)
+            full.rlimit(psutil.RLIMIT_FSIZE, (1, psutil.RLIM_INFINITY))
+            time.sleep(dice.uniform(0, 3.0))
+            if process.poll() is not None:
+                continue
+            if kills % 3:
+                full.rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
+                continue
         (os.killpg if how == "group" else os.kill)(process.pid, signal.SIGTERM if how == "group" else signal.SIGKILL)
         process.communicate(timeout=120)
-        kills -= 1
+        kills -= how != "disk"
         orphans += psutil.wait_procs(children, timeout=20)[1]
         process = start(folder, "--resume", "runs/tortured")
         resumes += 1
     output = process.communicate(timeout=1200)[0]
+    if how == "disk" and process.returncode == OUT_OF_ROOM:  # it came to its end while the disk was full
+        process = start(folder, "--resume", "runs/tortured")
+        resumes, output = resumes + 1, process.communicate(timeout=1200)[0]
     if process.returncode:
         sys.exit(f"the last life ended with {process.returncode}:\n{output}")
     return resumes, orphans, kills
@@ -66,7 +84,7 @@ def lives(folder, how, kills, dice, arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--how", choices=("trainer", "group", "worker"), default="trainer")
+    parser.add_argument("--how", choices=("trainer", "group", "worker", "disk"), default="trainer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--frames", type=int, default=60_000, help="a longer run can be killed more often")
     args = parser.parse_args()
