@@ -172,6 +172,12 @@ class VideoRecorder:
             self.stack.close()
         except OSError as error:
             self._fail(error)
+        for path in self.paths if exception[0] is None else ():
+            try:
+                imageio_ffmpeg.count_frames_and_secs(path)  # the encoder does not tell when a full disk cut it off
+            except (OSError, RuntimeError):
+                self._fail(OSError(f"{path} is not whole"))
+                path.unlink(missing_ok=True)
 
     def begin(self, index, lander):
         lander.on_frame = None

@@ -2,9 +2,11 @@
 
 import csv
 import os
+import resource
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlflow
@@ -35,6 +37,17 @@ def start(folder, *args):
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(command(*args), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             start_new_session=True, env=environment)
+
+
+@contextmanager
+def no_room(size=1):
+    """A limit on the size of files stands in for a full disk, here and in processes that are started meanwhile."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def rows(folder):

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from runs import no_room
 
 from checkpoint import (
     CheckpointError,
@@ -16,9 +17,10 @@ from checkpoint import (
     newest_run,
     read_checkpoint,
     save_checkpoint,
+    save_config,
     save_policy,
 )
-from config import Config
+from config import Config, ConfigError
 
 
 def test_checkpoint_reads_back(tmp_path):
@@ -136,9 +138,43 @@ def test_missing_policy_names_what_there_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="train one first"):
         load_policy("runs/nothing")
-    (tmp_path / "runs" / "there").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=r"runs/nothing.*there are runs/there"):
+    for name, file in (("there", "policy.safetensors"), ("begun", "1.ckpt")):
+        (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / "runs" / name / "checkpoints" / file).touch()
+    with pytest.raises(CheckpointError, match=r"runs/nothing.*there are runs/there$"):
         load_policy("runs/nothing")
+    with pytest.raises(CheckpointError, match=r"runs/nothing.*there are runs/begun$"):
+        load_checkpoint("runs/nothing")
+
+
+def test_policy_of_a_checkpoint(tmp_path):
+    config, file = Config(), tmp_path / "1.ckpt"
+    policy = build_policy(config)
+    state = {"config": config.model_dump(mode="json"), "policy": policy.state_dict()}
+    save_checkpoint(file, state)
+    loaded, loaded_config, _ = load_policy(file)
+    assert loaded_config == config
+    for key, tensor in policy.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor)
+
+    del state["policy"]["actor.weight"]
+    save_checkpoint(file, state)
+    with pytest.raises(CheckpointError, match=r"1\.ckpt: its weights do not fit.*actor\.weight") as error:
+        load_policy(file)
+    assert "\n" not in str(error.value)
+    state["config"]["ppo"]["gama"] = 1
+    save_checkpoint(file, state)
+    with pytest.raises(ConfigError, match=r"1\.ckpt: unknown key ppo\.gama; did you mean ppo\.gamma"):
+        load_policy(file)
+
+
+def test_file_that_a_full_disk_does_not_take_is_named(tmp_path):
+    save_config(Config(), tmp_path / "config.yaml")
+    before = (tmp_path / "config.yaml").read_bytes()
+    with no_room(), pytest.raises(OSError, match=r"File too large: .*config\.yaml"):
+        save_config(Config(), tmp_path / "config.yaml")
+    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+    assert (tmp_path / "config.yaml").read_bytes() == before
 
 
 def test_newest_run(tmp_path):

@@ -68,6 +68,20 @@ def test_overrides_win_and_numbers_are_numbers(tmp_path):
     ("ppo:\n  num_minibatches: 7\n", ["ppo.num_minibatches=7", "2048", "4, 8"]),
     ("run:\n  name: a/b\n", ["run.name='a/b'"]),
     ("run:\n  device: gpu\n", ["run.device='gpu'"]),
+    ("run:\n  name: ..\n", ["run.name='..'"]),
+    ("ppo:\n", ["ppo=None"]),
+    ("1: 2\n", ["1=1", "strings"]),
+    ("? [1]\n: 2\n", ["x.yaml:1:3", "unhashable key"]),
+    ("model: {1: 2}\n", ["model={1: 2}", "section of keys"]),
+    ("model: {name: [1]}\n", ["model.name=[1]", "cnn"]),
+    ("ppo: {gamma: " + 5000 * "1" + "}\n", ["x.yaml", "4300 digits"]),
+    ("ppo: " + 3000 * "[", ["x.yaml", "recursion"]),
+    ("ppo: \0\n", ["x.yaml", "#x0000"]),
+    ("ppo: !!python/object/apply:os.mkdir [planted]\n", ["x.yaml:1:6", "os.mkdir"]),
+    ("env:\n  num_envs: 1000000\n", ["env.num_envs=1000000", "less than or equal to 4096"]),
+    ("evaluation:\n  selection_episodes: 1e6\n", ["100000"]),
+    ("ppo:\n  learning_rate: 1e999\n", ["ppo.learning_rate=inf", "finite"]),
+    ("ppo:\n  num_steps: 65536\n  num_minibatches: 7\nenv:\n  num_envs: 4096\n", ["268435456", "4, 8"]),  # at once
 ])
 def test_mistakes(text, expected, tmp_path):
     message = error_of(text, tmp_path)
@@ -81,9 +95,27 @@ def test_mistakes(text, expected, tmp_path):
     ("ppo.gamma=", "ppo.gamma=None"),
     ("ppo.gamma=[1", "ppo.gamma=[1"),
     ("ppo.num_minibatches=2048", "at most 1024"),
+    ("=1", "section.key=value"),
+    ("ppo.gamma==", "ppo.gamma==:1:1"),
+    ("run.name=../x", "run.name='../x'"),
+    ("env.num_workers=64", "nearest: 64"),
+    ("model.name=[1]", "must be one of cnn"),
 ])
 def test_mistakes_in_overrides(override, expected, tmp_path):
     assert expected in error_of("model:\n  name: cnn\n", tmp_path, [override])
+
+
+def test_a_number_may_be_a_name():
+    assert load_config(None, ["run.name=7"]).run.name == "7"
+
+
+def test_files_that_are_no_text(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes("ppo:\n  gamma: é\n".encode("latin1"))
+    with pytest.raises(ConfigError, match=r"latin\.yaml: not a text in UTF-8 .*byte 14"):
+        load_config(tmp_path / "latin.yaml")
+    (tmp_path / "folder.yaml").mkdir()
+    with pytest.raises(ConfigError, match=r"folder\.yaml: no such config"):
+        load_config(tmp_path / "folder.yaml")
 
 
 def test_missing_file_names_those_there_are(tmp_path):

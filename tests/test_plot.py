@@ -3,6 +3,7 @@ import csv
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from runs import no_room
 
 import plot
 
@@ -66,11 +67,30 @@ def test_a_row_cut_off_by_a_crash_is_left_out(tmp_path):
     assert len(plot.read_metrics(run)["frames"]) == 20
 
 
-@pytest.mark.parametrize("content", [None, "", "frames,x\n", "frames,x\n1,words\n"])
+@pytest.mark.parametrize("content", [
+    None, b"", b"frames,x\n", b"frames,x\n1,words\n", b"frames,x\n1,2\n\n", b"frames,x\n\xff,2\n", bytes(range(256)),
+    b"frames\n" + 200_000 * b"1" + b"\n"])
 def test_metrics_that_cannot_be_read_are_one_line(content, tmp_path):
     if content is not None:
-        (tmp_path / "metrics.csv").write_text(content)
+        (tmp_path / "metrics.csv").write_bytes(content)
     with pytest.raises(SystemExit) as error:
         plot.main([str(tmp_path)])
     assert str(error.value).startswith(f"plot.py: {tmp_path}/metrics.csv: ")
     assert "\n" not in str(error.value)
+
+
+def test_picture_that_cannot_be_saved_is_one_line_and_leaves_nothing(tmp_path):
+    run = write_metrics(tmp_path / "a")
+    with pytest.raises(SystemExit, match=r"x\.foo: Format 'foo' is not supported"):
+        plot.main([str(run), "--output", str(tmp_path / "x.foo")])
+    with pytest.raises(SystemExit, match="Is a directory"):
+        plot.main([str(run), "--output", str(run)])
+    with no_room(1000), pytest.raises(SystemExit, match=r"curves\.png: File too large"):
+        plot.main([str(run)])
+    assert [path.name for path in run.iterdir()] == ["metrics.csv"]
+
+
+def test_a_label_given_twice_is_one_line(tmp_path):
+    run = write_metrics(tmp_path / "a")
+    with pytest.raises(SystemExit, match="a label is given twice"):
+        plot.main([f"x={run}", f"x={run}", "--output", str(tmp_path / "x.png")])

@@ -77,6 +77,31 @@ def test_publishing_a_run_makes_its_page(tmp_path, monkeypatch):
     assert "[cnn](results/cnn)" in readme
 
 
-def test_unfinished_run_is_one_line(tmp_path):
-    with pytest.raises(SystemExit, match=r"publish\.py: .*No such file"):
-        publish.main([str(tmp_path), "x"])
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda run: shutil.rmtree(run / "checkpoints"), "no policy.safetensors there"),
+    (lambda run: (run / "report.json").unlink(), "No such file"),
+    (lambda run: (run / "report.json").write_text("{"), "not JSON"),
+    (lambda run: (run / "report_sampled.json").write_text("{}"), "report_sampled.json: lacks some of return_mean"),
+    (lambda run: (run / "metrics.csv").write_text("frames\n"), "not the metrics of a run"),
+])
+def test_run_that_cannot_be_published_is_one_line_and_replaces_nothing(damage, message, tmp_path, monkeypatch):
+    run, here = tmp_path / "runs" / "x", tmp_path / "product"
+    (run / "checkpoints").mkdir(parents=True)
+    for name in publish.FILES:
+        shutil.copy(ROOT / "results" / "cnn" / name, run)
+    shutil.copy(ROOT / "results" / "cnn" / "policy.safetensors", run / "checkpoints")
+    (here / "results").mkdir(parents=True)
+    monkeypatch.setattr(publish, "HERE", here)
+    damage(run)
+    with pytest.raises(SystemExit, match=rf"publish\.py: .*{message}") as error:
+        publish.main([str(run), "x"])
+    assert "\n" not in str(error.value)
+    assert list((here / "results").iterdir()) == []
+
+
+def test_readme_without_its_marks_is_left_alone(tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text(f"before\n{publish.BEGIN}\nafter\n")
+    monkeypatch.setattr(publish, "HERE", tmp_path)
+    with pytest.raises(SystemExit, match="has no place for the table"):
+        publish.main([])
+    assert (tmp_path / "README.md").read_text() == f"before\n{publish.BEGIN}\nafter\n"
