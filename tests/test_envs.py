@@ -3,9 +3,13 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import psutil
 import pytest
 from gymnasium.envs.box2d.lunar_lander import heuristic
 
@@ -191,6 +195,35 @@ def test_frozen_worker_is_named(pair):
         pair.step(NOTHING)
 
 
+@pytest.mark.parametrize(("number", "message"), [
+    (signal.SIGKILL, "worker 1 died, exit code -9"), (signal.SIGSTOP, "worker 1 did not answer for 1 s")])
+def test_worker_that_fails_while_episodes_are_played_again_is_named(number, message, pair):
+    states = pair.call("state")
+    pair.long_patience = 1
+    os.kill(pair.processes[1].pid, number)
+    with pytest.raises(WorkerError, match=message):
+        pair.rewind(states)
+
+
+def test_frozen_worker_does_not_outlive_its_trainer():
+    code = (
+        "import os, signal, time; from envs import make_vector_env; envs = make_vector_env(4, 2)\n"
+        "os.kill(envs.processes[0].pid, signal.SIGSTOP)\n"
+        "print(*(p.pid for p in envs.processes), flush=True); time.sleep(600)\n")
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+                               cwd=Path(__file__).parent.parent)
+    workers = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
+    assert len(workers) == 2
+    process.kill()
+    process.communicate()
+    assert psutil.wait_procs(workers, timeout=20)[1] == []
+
+
+def test_frames_that_do_not_fit_into_shared_memory_are_said_before_anything_starts():
+    with pytest.raises(WorkerError, match=r"share need .* MB, but .*has .*smaller env\.num_envs"):
+        make_vector_env(num_envs=10**12, num_workers=1, **SETTINGS)
+
+
 def test_raising_worker_is_named_with_its_cause(pair):
     with pytest.raises(WorkerError, match="worker 1 raised AssertionError: 9"):
         pair.step(np.array([[0, 0], [0, 9]]))
@@ -198,7 +231,7 @@ def test_raising_worker_is_named_with_its_cause(pair):
 
 def test_worker_that_cannot_start(monkeypatch):
     monkeypatch.setattr("envs.partial", lambda *args, **settings: FailsInWorker())
-    with pytest.raises(WorkerError, match="could not start"):
+    with pytest.raises(WorkerError, match="worker 0 died, exit code 1; it could not start"):
         make_vector_env(num_envs=4, num_workers=2, **SETTINGS)
 
 

@@ -27,7 +27,7 @@ def test_rows_that_a_full_disk_refused_are_written_later(tmp_path):
 
 def test_header_that_a_full_disk_refused(tmp_path):
     metrics = Metrics(tmp_path / "metrics.csv")
-    with no_room(5), pytest.raises(OSError, match="File too large"):
+    with no_room(5), pytest.raises(OSError, match="No space left"):  # five bytes fit, and are taken back
         metrics.append({"frames": 1, "update/entropy": 0.5})
     metrics.append({"frames": 2, "update/entropy": 0.5})
     assert metrics.path.read_text() == HEADER + "1,0.5\n2,0.5\n"
@@ -76,8 +76,7 @@ def settings(uri):
 
 
 @pytest.mark.parametrize("uri", [
-    "sqlite:///{}/text.db", "sqlite:///{}/folder.db", "sqlite:///file:{}/absent.db?mode=ro&uri=true", "foo://bar",
-    "sqlite:///{}/nowhere/mlflow.db?x=y"])
+    "sqlite:///{}/text.db", "sqlite:///{}/folder.db", "sqlite:///file:{}/absent.db?mode=ro&uri=true", "foo://bar"])
 def test_store_that_cannot_be_used_is_one_line(uri, tmp_path):
     (tmp_path / "text.db").write_text(100 * "this is no database, ")
     (tmp_path / "folder.db").mkdir()

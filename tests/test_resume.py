@@ -1,0 +1,201 @@
+"""What is decided before a run begins or goes on: which folder, whose it is, and from which checkpoint."""
+
+import argparse
+import signal
+import subprocess
+import sys
+from contextlib import ExitStack
+
+import pytest
+from runs import ROOT, no_room
+
+from checkpoint import CheckpointError, save_checkpoint
+from config import Config, ConfigError, load_config
+from train import Interrupted, SignalWatch, is_finished, locked, main, new_folder, start_run
+
+
+@pytest.fixture(autouse=True)
+def _signals():
+    """A trainer sets handlers, and what runs the tests has its own."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """runs/x with checkpoints at 100, 200 and 300 frames and a row of metrics for each."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "x"
+    (folder / "checkpoints").mkdir(parents=True)
+    for frames in (100, 200, 300):
+        save_checkpoint(folder / "checkpoints" / f"{frames:012d}.ckpt", {
+            "config": load_config(None, ["ppo.total_frames=300"]).model_dump(mode="json"), "policy": {}, "landers": [],
+            "counters": {"env_frames": frames, "scored": 100 if frames == 300 else None}})
+    (folder / "metrics.csv").write_text("frames,x\n" + "".join(f"{frames},1.0\n" for frames in (100, 200, 300)))
+    return folder
+
+
+def resume(path, *overrides):
+    with ExitStack() as lock:
+        return start_run(argparse.Namespace(resume=str(path), config=None, overrides=list(overrides)), lock)
+
+
+def begin(name):
+    with ExitStack() as lock:
+        return start_run(argparse.Namespace(resume=None, config=None, overrides=[f"run.name={name}"]), lock)
+
+
+def frames_of(run):
+    return [int(line.split(",")[0]) for line in (run / "metrics.csv").read_text().splitlines()[1:]]
+
+
+def test_newer_checkpoints_are_put_aside(run, capsys):
+    """Left in place they would be taken for the newest, and what is saved from now on would be deleted as older."""
+    _, folder, state = resume("runs/x/checkpoints/000000000200.ckpt")
+    assert (str(folder), state["counters"]["env_frames"]) == ("runs/x", 200)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "000000000100.ckpt", "000000000200.ckpt", "000000000300.ckpt.aside"]
+    assert "000000000300.ckpt is newer" in capsys.readouterr().out
+    assert frames_of(run) == [100, 200]
+
+
+def test_damaged_newest_is_put_aside_too(run, capsys):
+    (run / "checkpoints" / "000000000300.ckpt").write_bytes(b"")
+    assert resume("latest")[2]["counters"]["env_frames"] == 200
+    assert (run / "checkpoints" / "000000000300.ckpt.aside").exists()
+    assert "skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("content", "told"), [(None, "between 0 and 300"), ("frames,x\n100,1.0\n", "between 100 and")])
+def test_rows_that_are_lost_are_told(content, told, run, capsys):
+    (run / "metrics.csv").unlink()
+    if content:
+        (run / "metrics.csv").write_text(content)
+    resume("latest", "ppo.total_frames=400")
+    assert f"lacks the updates {told}" in capsys.readouterr().out
+
+
+def test_config_file_is_written_again_and_what_a_kill_left_is_removed(run):
+    for folder in (run, run / "checkpoints"):
+        (folder / ".x.123.tmp").write_text("half")
+    config, _, _ = resume("runs/x", "ppo.total_frames=400")
+    assert load_config(run / "config.yaml") == config
+    assert config.ppo.total_frames == 400
+    assert not list(run.rglob(".*"))
+
+
+def test_finished_run_is_said_to_be_finished_and_left_alone(run, capsys):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    main(["--resume", "latest"])
+    assert "runs/x: finished, 300 frames" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_run_that_was_not_scored_is_not_finished(run):
+    config, _, state = resume("latest")
+    assert is_finished(config, state)
+    for change in ({"scored": None}, {"scored": 50}, {"env_frames": 299}):
+        assert not is_finished(config, state | {"counters": state["counters"] | change})
+    del state["counters"]["scored"]
+    assert not is_finished(config, state)
+
+
+@pytest.mark.parametrize(("path", "message"), [
+    ("runs/x/metrics.csv", "not a checkpoint of this program"),
+    ("copy.ckpt", "put it into the checkpoints/"),
+    ("other.ckpt", "holds no training run"),
+    (ROOT / "results" / "cnn", "no checkpoint there; there are runs/x"),
+    (ROOT / "results" / "cnn" / "policy.safetensors", "not a checkpoint of this program"),
+    ("runs/x/checkpoints", "no checkpoint there"),
+    ("", "no checkpoint there"),
+])
+def test_what_cannot_be_resumed(path, message, run, tmp_path):
+    (tmp_path / "copy.ckpt").write_bytes((run / "checkpoints" / "000000000100.ckpt").read_bytes())
+    save_checkpoint(tmp_path / "other.ckpt", {"frames": 1})
+    with pytest.raises(CheckpointError, match=message):
+        resume(path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy.ckpt", "other.ckpt", "runs"]
+
+
+@pytest.mark.parametrize("override", ["ppo.gamma=0.5", " ppo.gamma =0.5", "run.name=y", "env.num_envs=64"])
+def test_keys_that_may_not_change(override, run):
+    with pytest.raises(ConfigError, match=r"a resumed run keeps its config: .* was "):
+        resume("latest", override)
+    resume("latest", "env.num_envs=32.0", "ppo.gamma=.99")  # the same, written differently
+
+
+def test_config_of_a_checkpoint_that_is_no_longer_valid(run):
+    save_checkpoint(run / "checkpoints" / "000000000400.ckpt", {
+        "config": {"ppo": {"gama": 1}}, "policy": {}, "landers": [], "counters": {"env_frames": 400}})
+    with pytest.raises(ConfigError, match=r"unknown key ppo\.gama"):
+        resume("latest")
+
+
+def test_one_process_per_run_and_none_after_a_kill(run):
+    code = "import time; from train import locked\nwith locked('runs/x'): print('held', flush=True); time.sleep(600)"
+    holder = subprocess.Popen([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + code],
+                              stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    before = (run / "metrics.csv").read_text()
+    for path in ("latest", "runs/x", "runs/x/checkpoints/000000000100.ckpt"):
+        with pytest.raises(ConfigError, match="runs/x: another process is at this run"):
+            resume(path)
+    with pytest.raises(ConfigError, match="runs/x: another process is at this run"):
+        begin("x")
+    assert (run / "metrics.csv").read_text() == before
+    holder.kill()
+    holder.communicate()
+    assert resume("latest")[2]["counters"]["env_frames"] == 300
+
+
+def test_runs_without_a_name_that_start_together_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = [new_folder(Config(), "configs/cnn.yaml") for _ in range(3)]
+    assert len(set(folders)) == 3
+    assert all(folder.is_dir() and folder.name.startswith("cnn-") for folder in folders)
+
+
+def test_run_that_was_killed_in_its_first_save_can_be_started_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "x" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "runs" / "x" / "checkpoints" / ".000000000000.ckpt.7.tmp").write_text("half")
+    _, folder, _ = begin("x")
+    assert [path.name for path in (tmp_path / folder / "checkpoints").iterdir()] == []
+
+
+def test_nowhere_to_write_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with no_room(), pytest.raises(SystemExit, match=r"^train\.py: runs/x/config\.yaml: File too large$"):
+        main(["--config", str(ROOT / "configs" / "cnn.yaml"), "run.name=x"])
+    assert [path.name for path in (tmp_path / "runs" / "x").iterdir()] == ["checkpoints"]
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir(tmp_path / "away")
+    (tmp_path / "away" / "runs").write_text("a file")
+    with pytest.raises(SystemExit, match=r"^train\.py: runs.*(Not a directory|File exists)$"):
+        main(["--config", str(ROOT / "configs" / "cnn.yaml"), "run.name=x"])
+
+
+def test_a_closed_terminal_ends_a_run_in_order():
+    watch = SignalWatch()
+    with pytest.raises(Interrupted, match="SIGHUP") as interruption:
+        signal.raise_signal(signal.SIGHUP)
+    assert interruption.value.code == 129
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    watch = SignalWatch()
+    watch.patient = True
+    signal.raise_signal(signal.SIGHUP)
+    watch.check()
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        watch.check()
+
+
+def test_lock_ends_with_its_block(tmp_path):
+    for _ in range(2):
+        with locked(tmp_path), pytest.raises(ConfigError, match="another process"), locked(tmp_path):
+            pass
