@@ -16,10 +16,12 @@ from gymnasium.envs.box2d.lunar_lander import heuristic
 from envs import (
     ENV_ID,
     OUTCOMES,
+    PARTICLE_AGEING,
     TRAINING_SEEDS,
     FrameStack,
     Lander,
     LanderGroup,
+    LeanLunarLander,
     RenderedLander,
     WorkerError,
     make_vector_env,
@@ -53,6 +55,34 @@ POLICIES = {
     "left engine": lambda seed: lambda env, state: 1,  # turns over, leaves at the side or crashes
     "hover": lambda seed: lambda env, state: 2 if state[3] < 0 else 0,  # some run into the time limit
 }
+
+
+def motion(env):
+    """Where everything is and how it moves, and the random numbers to come."""
+    return [
+        (*body.position.tuple, *body.linearVelocity.tuple, body.angle, body.angularVelocity, body.mass)
+        for body in [env.lander, *env.legs, *env.particles]
+    ] + [particle.ttl for particle in env.particles] + [env.np_random.bit_generator.state]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_lean_lander_moves_as_gymnasiums(policy):
+    env, lean = gym.make(ENV_ID, render_mode="rgb_array").unwrapped, LeanLunarLander()
+    for seed in range(8):
+        choose, terminated, steps = POLICIES[policy](seed), False, 0
+        state, _ = env.reset(seed=seed)
+        lean.reset(seed=seed)
+        while not terminated and steps < 1000:
+            action = choose(env, state)
+            state, reward, terminated, _, _ = env.step(action)
+            assert lean.step(action)[1:3] == (reward, terminated)
+            for lander in (env, lean):
+                for particle in lander.particles:
+                    particle.ttl -= PARTICLE_AGEING
+                lander._clean_particles(False)
+            assert motion(lean) == motion(env)
+            steps += 1
+        assert terminated or policy == "hover"
 
 
 @pytest.mark.parametrize("policy", POLICIES)
