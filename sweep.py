@@ -24,7 +24,7 @@ import numpy as np
 from config import Config, ConfigError, load_config
 from plot import SOLVED, PlotError, reached, read_metrics
 from tracking import TrackingError
-from train import RESUMABLE, SignalWatch
+from train import RESUMABLE, Interrupted, SignalWatch
 
 TRAIN = Path(__file__).parent / "train.py"
 
@@ -110,6 +110,13 @@ def open_parent(settings, name):
         raise TrackingError(f"MLflow store {settings.uri} cannot be used: {reason}") from error
 
 
+def close_parent(client, parent, status):
+    try:
+        client.set_terminated(parent, status)
+    except Exception as error:  # trouble with records is no reason to withhold the summary
+        print(f"MLflow: {(str(error).strip() or type(error).__name__).splitlines()[0]}", file=sys.stderr)
+
+
 def run_all(jobs, at_once, parent, watch):
     """Train what is not done yet; returns {job's folder: exit status} of those that failed."""
     waiting, active, failed = [job for job in jobs if not job.done()], {}, {}
@@ -188,7 +195,9 @@ def main(argv=None):
             client, parent = open_parent(tracking, name)
         failed = run_all(jobs, args.jobs, parent, watch)
         if client:
-            client.set_terminated(parent, "KILLED" if watch.received else "FAILED" if failed else "FINISHED")
+            close_parent(client, parent, "KILLED" if watch.received else "FAILED" if failed else "FINISHED")
+    except Interrupted as interruption:  # before anything was started
+        sys.exit(interruption.code)
     except (ConfigError, PlotError, TrackingError, OSError) as error:
         sys.exit(f"sweep.py: {error}")
     print(f"\n{summary(jobs)}\n\n{plot_command(jobs)}")

@@ -9,9 +9,12 @@ own LunarLander.step, and nothing else, on every core; the network's multiply-ad
 multiplies matrices of the same type. Random actions; a policy that crashes less often resets less often.
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as train.py does, before torch is loaded
+
 import argparse
 import multiprocessing
-import os
 import sys
 import tempfile
 import time

@@ -13,6 +13,7 @@ as 4 frames; only an episode's last may have fewer.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -156,8 +157,11 @@ WAYS = {
 
 def turn(way, updates):
     """Decisions per second and peak memory in bytes of one way in a process of its own."""
+    # What train.py sets for itself, before torch is loaded; the others' users do not.
+    environment = os.environ | ({"OMP_WAIT_POLICY": "PASSIVE"} if way == "train.py" else {})
     process = subprocess.Popen(
-        [sys.executable, __file__, "--way", way, "--updates", str(updates)], stdout=subprocess.PIPE, text=True)
+        [sys.executable, __file__, "--way", way, "--updates", str(updates)], stdout=subprocess.PIPE, text=True,
+        env=environment)
     peak = 0
 
     def watch():
