@@ -48,6 +48,7 @@ from gymnasium.envs.box2d.lunar_lander import (
     LunarLander,
 )
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
+from gymnasium.vector.async_vector_env import AsyncState
 from pygame import gfxdraw
 
 ENV_ID = "LunarLander-v3"
@@ -367,7 +368,12 @@ class LanderGroup(gym.Env):
 
     def __init__(self, landers, first_index, seed, frame_skip, frame_stack, shrink_factor, color):
         if multiprocessing.parent_process() and sys.platform == "linux":  # AsyncVectorEnv also makes one in the trainer
-            # PR_SET_PDEATHSIG: no worker, not even a frozen one, outlives the fork server, which goes with the trainer.
+            # No worker outlives its trainer, not even a frozen one. The fork server goes when nobody holds the end of
+            # its pipe that the trainer and every worker have; PR_SET_PDEATHSIG (1) takes the workers along with it.
+            server = forkserver._forkserver
+            if server._forkserver_alive_fd is not None:
+                os.close(server._forkserver_alive_fd)
+                server._forkserver_alive_fd = None
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)
         cv2.setNumThreads(0)  # the cores belong to the workers' own processes
         self.landers = [Lander(frame_skip, frame_stack, shrink_factor, color) for _ in range(landers)]
@@ -402,8 +408,9 @@ class LanderGroup(gym.Env):
             for action in actions:
                 self.frames[i] = self.landers[i].step(action)[0]
 
-    def current_frames(self):
-        """uint8 (M, K, H, W)"""
+    def rewind(self, state):
+        """Take up `state`; the frames there, uint8 (M, K, H, W)."""
+        self.state = state
         return self.frames
 
     def reset(self, *, seed=None, options=None):
@@ -445,32 +452,14 @@ class LanderVectorEnv(AsyncVectorEnv):
 
     patience = 15.0  # seconds; a step takes hundredths of one
     long_patience = 180.0  # seconds; to start, or to play the landers' episodes again, takes a few
-    silent = ()  # workers that were killed because they did not answer
 
     def __init__(self, *args, **settings):
-        with self._watched():
-            super().__init__(*args, **settings)
-        atexit.register(_kill, self.processes)  # before multiprocessing waits for them, which a frozen one never ends
-
-    def reset(self, **settings):
-        with self._watched():
-            return super().reset(**settings)
-
-    def rewind(self, states):
-        """Put each worker's landers into its LanderGroup.state; their frames, uint8 (num_workers, M, K, H, W)."""
-        with self._watched():
-            super().reset()
-            self.set_attr("state", states)
-            return np.stack(self.call("current_frames"))
-
-    @contextmanager
-    def _watched(self):
-        """For calls that wait without a limit: in the end, workers that do not answer are killed, and waiting ends."""
-        watch = threading.Timer(self.long_patience, self._kill_silent)
+        # gymnasium waits for new workers without a limit; killing them ends it.
+        watch = threading.Timer(self.long_patience, lambda: _kill(self.processes))
         watch.daemon = True
         watch.start()
         try:
-            yield
+            super().__init__(*args, **settings)
         except BaseException as error:
             if not getattr(self, "processes", None):  # it failed in the trainer itself
                 raise
@@ -478,34 +467,46 @@ class LanderVectorEnv(AsyncVectorEnv):
             _kill(self.processes)
             if not isinstance(error, Exception):  # a signal
                 raise
-            raise WorkerError(cause) from error
+            raise WorkerError(f"{cause}; it could not start, and what it said itself is above") from error
         finally:
             watch.cancel()
+        atexit.register(_kill, self.processes)  # before multiprocessing waits for them, which a frozen one never ends
 
-    def _kill_silent(self):
-        pairs = list(zip(getattr(self, "processes", ()), getattr(self, "parent_pipes", ()), strict=False))
-        self.silent = [i for i, (_, pipe) in enumerate(pairs) if pipe and not pipe.poll(0)]
-        _kill([pairs[i][0] for i in self.silent])
+    @contextmanager
+    def _told(self, patience):
+        try:
+            yield patience
+        except Exception as error:
+            raise WorkerError(self._cause(error, patience)) from error
+
+    def reset(self, *, seed=None, options=None):
+        with self._told(self.long_patience) as patience:
+            self.reset_async(seed=seed, options=options)
+            return self.reset_wait(timeout=patience)
 
     def step(self, actions):
-        try:
+        with self._told(self.patience) as patience:
             self.step_async(actions)
-            return self.step_wait(timeout=self.patience)
-        except Exception as error:
-            raise WorkerError(self._cause(error, self.patience)) from error
+            return self.step_wait(timeout=patience)
+
+    def rewind(self, states):
+        """Put each worker's landers into its LanderGroup.state; their frames, uint8 (num_workers, M, K, H, W)."""
+        with self._told(self.long_patience) as patience:
+            for pipe, state in zip(self.parent_pipes, states, strict=True):
+                pipe.send(("_call", ("rewind", (state,), {})))
+            self._state = AsyncState.WAITING_CALL  # as after call_async, which sends the same to all
+            return np.stack(self.call_wait(timeout=patience))
 
     def _cause(self, error, patience):
         for i, (process, pipe) in enumerate(zip(self.processes, self.parent_pipes, strict=True)):
-            if self.silent or process.pid is None:
-                break
             if pipe is None:  # gymnasium has taken its error message
                 return f"worker {i} raised {type(error).__name__}: {error}"
+            if process.pid is None:
+                return f"worker {i} was not started: {type(error).__name__}: {error}"
             process.join(timeout=0.1)
             if not process.is_alive():
                 return f"worker {i} died, exit code {process.exitcode}"
-        if not isinstance(error, (multiprocessing.TimeoutError, EOFError, OSError)) or not self.processes[-1].pid:
-            return f"workers could not be started or asked: {type(error).__name__}: {error}"
-        silent = self.silent or [i for i, pipe in enumerate(self.parent_pipes) if not pipe.poll(0)]
+        silent = [i for i, pipe in enumerate(self.parent_pipes) if not pipe.poll(0)]
         return f"worker {', '.join(map(str, silent))} did not answer for {patience:.0f} s"
 
     def close_extras(self, **_):
@@ -555,9 +556,6 @@ def make_vector_env(num_envs, num_workers, seed=0, frame_skip=4, frame_stack=4, 
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    try:
-        # copy=False: the caller copies each batch into its rollout at once. forkserver: forking a process whose
-        # libraries have started threads can hang.
-        return LanderVectorEnv(groups, copy=False, context="forkserver", autoreset_mode=AutoresetMode.DISABLED)
-    except WorkerError as error:
-        raise WorkerError(f"{error}; it could not start, and what it said itself is above") from error
+    # copy=False: the caller copies each batch into its rollout at once. forkserver: forking a process whose libraries
+    # have started threads can hang.
+    return LanderVectorEnv(groups, copy=False, context="forkserver", autoreset_mode=AutoresetMode.DISABLED)

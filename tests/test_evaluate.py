@@ -7,6 +7,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+from runs import no_room
 
 import evaluate
 from checkpoint import build_policy, load_policy, save_policy
@@ -118,3 +119,23 @@ def test_no_encoder_costs_the_videos_not_the_score(policy_file, tmp_path, monkey
     assert len(report["returns"]) == 2
     assert (tmp_path / "report.json").exists()
     assert "no videos" in capsys.readouterr().err
+
+
+def test_full_disk_costs_neither_score_nor_a_word(policy_file, tmp_path, capsys):
+    policy, config, file = load_policy(policy_file)
+    with no_room(5000):  # enough for a report
+        evaluate.evaluate(policy, config, file, tmp_path, episodes=1, videos=1)
+    assert "no videos" in capsys.readouterr().err
+    assert (tmp_path / "report.json").exists()
+    assert list((tmp_path / "videos").iterdir()) == []  # nothing that does not play
+    with no_room(), pytest.raises(OSError, match=r"File too large: .*again/report\.json"):
+        evaluate.evaluate(policy, config, file, tmp_path / "again", episodes=1)
+    assert "95% interval of the mean" in capsys.readouterr().out
+    assert list((tmp_path / "again").iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["--episodes=0", "--episodes=1e3", "--seed=-1", f"--seed={10**30}", "--videos=x"])
+def test_numbers_out_of_range(option, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main([option])
+    assert "must be a whole number from" in capsys.readouterr().err

@@ -13,10 +13,10 @@ import psutil
 import pytest
 import torch
 import torchvision
-from runs import BARE, CONFIG, TINY, only_run, rows, run, start, wait_for_rows, workers_of
+from runs import BARE, CONFIG, TINY, command, no_room, only_run, rows, run, start, wait_for_rows, workers_of
 
 import train
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, load_policy
 from config import load_config
 
 UNLIMITED = (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY)
@@ -59,6 +59,58 @@ def test_full_disk(lifted, tmp_path):
     assert [int(row["frames"]) for row in rows(here)] == sorted({int(row["frames"]) for row in rows(here)})
 
 
+def test_disk_that_is_full_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with no_room(100_000), pytest.raises(
+            SystemExit, match=r"^train\.py: runs/x/checkpoints: File too large; nothing is trained before that$"):
+        train.main(["--config", str(CONFIG), "run.name=x", *TINY, *BARE])
+    assert list((tmp_path / "runs" / "x" / "checkpoints").iterdir()) == []
+    assert not (tmp_path / "runs" / "x" / "metrics.csv").exists()
+
+
+def test_interrupt_during_the_start(tmp_path):
+    """While torch is loaded, there is only a process to end; later, workers that are loading must not complain."""
+    for begun in (lambda process: True, lambda process: psutil.Process(process.pid).children()):
+        process = start(tmp_path, "--config", CONFIG, "run.name=x", *TINY, *BARE)
+        deadline = time.monotonic() + 60
+        time.sleep(0.5)
+        while not begun(process):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.2)
+        children = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGINT)
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode in (130, -signal.SIGINT), output
+        assert "Traceback" not in output
+        assert psutil.wait_procs(children, timeout=20)[1] == []
+
+
+def test_final_score_that_is_stopped_or_killed_is_done_again(tmp_path):
+    here, long = tmp_path / "runs" / "x", "evaluation.episodes=20000"
+    process = start(tmp_path, "--config", CONFIG, "run.name=x", *TINY, "evaluation.videos=0", long)
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+        while not (here / "curves.png").exists():
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.05)
+        time.sleep(0.5)
+        (here / "curves.png").unlink()
+        table = rows(here)
+        process.send_signal(number)
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == code, output
+        assert "Traceback" not in output
+        assert not (here / "report.json").exists()
+        if number == signal.SIGTERM:
+            assert only_run(tmp_path)[1].info.status == "KILLED"
+            process = start(tmp_path, "--resume", "latest")
+    done = run(tmp_path, "--resume", "latest", "evaluation.episodes=2")
+    assert "2, seeds 1000000 to 1000001" in done.stdout
+    assert (here / "report.json").exists()
+    assert rows(here) == table  # nothing was trained again
+    assert only_run(tmp_path)[1].info.status == "FINISHED"
+
+
 def test_second_interrupt_leaves_at_once(tmp_path):
     process = start(tmp_path, "--config", CONFIG, "run.name=x", *TINY, *BARE, "ppo.num_steps=2048", "env.num_envs=8")
     deadline = time.monotonic() + 60
@@ -92,15 +144,38 @@ def test_numbers_that_are_not_finite_stop_the_run(tmp_path):
     assert re.search(r"update 1: (loss|a reward|the policy).*stopped before the optimizer", line)
 
 
-def test_weights_that_are_not_finite_are_named(tmp_path):
-    config = load_config(CONFIG, [*TINY, *BARE])
-    trainer = train.Trainer(config, tmp_path)
-    try:
-        trainer.policy.actor.bias.data[0] = float("nan")
-        with pytest.raises(FloatingPointError, match="the policy's logits or values"):
-            trainer.update_once()
-    finally:
-        trainer.close()
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "checkpoints").mkdir()
+    trainer = train.Trainer(load_config(CONFIG, [*TINY, *BARE, "evaluation.interval=1"]), folder)
+    yield trainer
+    trainer.close()
+
+
+def test_best_policy_that_a_full_disk_refused_is_saved_later(trainer):
+    """And before the checkpoint that counts on it."""
+    file, metrics = trainer.folder / "checkpoints" / "policy.safetensors", trainer.update_once()
+    with no_room():
+        for call in (lambda: trainer.select(metrics), lambda: trainer.save(trainer.snapshot())):
+            with pytest.raises(OSError, match=r"File too large: .*policy\.safetensors"):
+                call()
+    assert trainer.counters["best"] == metrics["eval/return_mean"]
+    assert list(file.parent.iterdir()) == []
+    trainer.save(trainer.snapshot())
+    weights = load_policy(file)[0].state_dict()
+    assert all(torch.equal(weights[key], tensor) for key, tensor in trainer.policy.state_dict().items())
+
+
+def test_weights_that_are_not_finite_are_named(trainer):
+    trainer.policy.register_buffer("stray", torch.tensor(float("inf")))
+    with pytest.raises(FloatingPointError, match="the weights are not finite"):
+        trainer.update_once()
+    assert not trainer.between_updates  # so that no checkpoint takes them
+    del trainer.policy.stray
+    trainer.policy.actor.bias.data[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="the policy's logits or values"):
+        trainer.update_once()
 
 
 def test_resume_with_another_policy_or_other_frames(tmp_path):
@@ -127,6 +202,7 @@ def test_locked_store_delays_metrics_but_not_training(tmp_path):
     lock = sqlite3.connect(tmp_path / "mlflow.db", timeout=30, isolation_level=None)
     lock.execute("BEGIN EXCLUSIVE")
     locked = len(rows(here))
+    assert "runs/x: another process is at this run" in refused(tmp_path, "--resume", "latest")
     wait_for_rows(process, here, locked + 10)  # training does not wait
     lock.execute("ROLLBACK")
     lock.close()
@@ -170,18 +246,35 @@ def test_deleted_mlflow_run_gets_a_successor(tmp_path):
     client.delete_run(found.info.run_id)
     done = run(tmp_path, "--resume", "latest", "ppo.total_frames=4000")
     assert f"MLflow run {found.info.run_id} is gone; a new one takes its place" in done.stderr
-    assert only_run(tmp_path)[1].info.status == "FINISHED"
+    client, found = only_run(tmp_path)
+    assert found.info.status == "FINISHED"
+    steps = {m.step for m in client.get_metric_history(found.info.run_id, "update/entropy")}
+    assert steps == {int(row["frames"]) for row in rows(tmp_path / "runs" / "x")}  # those of the deleted run as well
 
 
 def test_odd_surroundings(tmp_path):
-    """A leftover folder of MLflow's old store, no encoder for videos, no display, a path with spaces."""
-    folder = tmp_path / "some where"
+    """A leftover folder of MLflow's old store, no encoder for videos, no display or home, a path with spaces and more.
+    """
+    folder = tmp_path / "some where, naïve 月"
     (folder / "mlruns" / "0").mkdir(parents=True)
     (folder / "mlruns" / "0" / "meta.yaml").write_text("experiment_id: '0'\nname: Default\n")
-    done = run(folder, "--config", CONFIG, "run.name=x", *TINY, IMAGEIO_FFMPEG_EXE="/bin/false")
+    done = run(folder, "--config", CONFIG, "run.name=月", *TINY, IMAGEIO_FFMPEG_EXE="/bin/false", HOME="/nowhere",
+               OMP_NUM_THREADS="1", PYTHONIOENCODING="ascii")
     assert "no videos" in done.stderr
-    assert (folder / "runs" / "x" / "report.json").exists()
+    assert (folder / "runs" / "月" / "report.json").exists()
     assert only_run(folder)[1].info.status == "FINISHED"
+
+
+def test_output_that_nobody_takes_costs_nothing(tmp_path):
+    """Standard output is a full disk, and standard error a pipe that is closed at once."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command("--config", CONFIG, "run.name=x", *TINY, *BARE), cwd=tmp_path, stdout=full,
+                              stderr=writer, check=False, timeout=300)
+    os.close(writer)
+    assert done.returncode == 0
+    assert load_checkpoint(tmp_path / "runs" / "x")["counters"]["scored"] == 0
 
 
 def test_absent_gpu_is_one_line(tmp_path):

@@ -83,7 +83,10 @@ def test_resumed_run_equals_the_run_that_was_never_stopped(number, whole_group, 
     assert resumed["landers"] == whole["landers"]
     for key, tensor in whole["policy"].items():
         assert torch.equal(resumed["policy"][key], tensor), key
-    assert only_run(tmp_path)[1].info.status == "FINISHED"
+    client, found = only_run(tmp_path)
+    assert found.info.status == "FINISHED"
+    steps = {m.step for m in client.get_metric_history(found.info.run_id, "update/entropy")}
+    assert steps == {int(row["frames"]) for row in rows(here)}
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
