@@ -8,6 +8,7 @@ The CSV gets exactly what MLflow gets, the machine's load apart, so a curve surv
 
 import errno
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -126,6 +127,7 @@ class Sender(threading.Thread):
         with suppress(Exception):  # a machine whose load cannot be read
             from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
+            logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)  # no word on GPUs that are not there
             self.machine = SystemMetricsMonitor(self.run_id)  # asked here, never started: it would give up on trouble
         while not self.ended.wait(self.interval):
             self.read_load()
