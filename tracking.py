@@ -7,6 +7,7 @@ The CSV gets exactly what MLflow gets, the machine's load apart, so a curve surv
 """
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 from collections import deque
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -190,6 +191,18 @@ class Sender(threading.Thread):
         return len(self.waiting), len(self.files)
 
 
+@contextmanager
+def alone(folder):
+    """One process after the other: of two that find no store, each would make its tables, and one would fail."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 class Tracker:
     """Use as a context: leaving it ends the MLflow run as FINISHED, KILLED (interrupted) or FAILED (any error)."""
 
@@ -219,8 +232,9 @@ class Tracker:
 
         try:
             mlflow.set_tracking_uri(self.settings.uri)
-            self.client = mlflow.MlflowClient()
-            experiment = mlflow.set_experiment(self.settings.experiment).experiment_id
+            with alone(self.folder.parent):
+                self.client = mlflow.MlflowClient()
+                experiment = mlflow.set_experiment(self.settings.experiment).experiment_id
             if self.run_id is None or not self._reopen():
                 tags = self.tags | {"mlflow.runName": self.folder.name, "mlflow.source.name": "train.py"}
                 tags |= {"mlflow.parentRunId": self.settings.parent} if self.settings.parent else {}

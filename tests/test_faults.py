@@ -240,6 +240,21 @@ def test_lost_server_costs_no_training_and_the_gap_is_told(tmp_path):
     assert int(rows(tmp_path / "runs" / "x")[-1]["frames"]) >= 3000
 
 
+def test_two_runs_begun_at_once_share_a_new_store(tmp_path):
+    code = (
+        "import os, sys; from config import load_config; from tracking import Tracker; os.chdir(sys.argv[1])\n"
+        "with Tracker(load_config(), sys.argv[2], threads=1): pass\n")
+    processes = []
+    for name in ("a", "b"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        processes.append(subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path), f"runs/{name}"], cwd=CONFIG.parent.parent, text=True,
+            stderr=subprocess.PIPE))
+    for process in processes:
+        error = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, error
+
+
 def test_deleted_mlflow_run_gets_a_successor(tmp_path):
     run(tmp_path, "--config", CONFIG, "run.name=x", *TINY, "evaluation.episodes=0")
     client, found = only_run(tmp_path)
