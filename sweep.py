@@ -23,8 +23,9 @@ import numpy as np
 
 from config import Config, ConfigError, load_config
 from plot import SOLVED, PlotError, reached, read_metrics
+from run_folder import RESUMABLE
+from signals import Interrupted, SignalWatch
 from tracking import TrackingError
-from train import RESUMABLE, Interrupted, SignalWatch
 
 TRAIN = Path(__file__).parent / "train.py"
 

@@ -11,7 +11,9 @@ from runs import ROOT, no_room
 
 from checkpoint import CheckpointError, save_checkpoint
 from config import Config, ConfigError, load_config
-from train import Interrupted, SignalWatch, is_finished, locked, main, new_folder, start_run
+from run_folder import is_finished, locked, new_folder, start_run
+from signals import Interrupted, SignalWatch
+from train import main
 
 
 @pytest.fixture(autouse=True)
@@ -135,10 +137,10 @@ def test_config_of_a_checkpoint_that_is_no_longer_valid(run):
 
 
 def test_one_process_per_run_and_none_after_a_kill(run):
-    code = "import time; from train import locked\nwith locked('runs/x'): print('held', flush=True); time.sleep(600)"
+    code = "import time; from run_folder import locked\nwith locked('runs/x'): print(1, flush=True); time.sleep(600)"
     holder = subprocess.Popen([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + code],
                               stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline() == "held\n"
+    assert holder.stdout.readline() == "1\n"
     before = (run / "metrics.csv").read_text()
     for path in ("latest", "runs/x", "runs/x/checkpoints/000000000100.ckpt"):
         with pytest.raises(ConfigError, match="runs/x: another process is at this run"):

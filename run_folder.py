@@ -1,0 +1,126 @@
+"""A run's folder, runs/NAME: made for a new run, readied for one that goes on, held by one process at a time.
+
+    with ExitStack() as lock:
+        config, folder, state = start_run(args, lock)     # args: config, resume, overrides, from the command line
+"""
+
+import fcntl
+import itertools
+import os
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+from checkpoint import CheckpointError, load_checkpoint, newest_run, save_config
+from config import ConfigError, apply_overrides, check_config, load_config, parse_yaml
+from distributed import launcher
+from tracking import Metrics
+
+RESUMABLE = ("ppo.total_frames", "run.device", "run.num_threads", "evaluation.", "tracking.")
+
+
+def resume_config(saved, overrides):
+    """The config of a checkpoint with those overrides that may change in mid-run."""
+    before = check_config({section: dict(keys) for section, keys in saved.items()}).flat()
+    fixed = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        key = key.strip()
+        if key in before and not key.startswith(RESUMABLE) and before[key] != parse_yaml(value, override):
+            fixed.append(f"{key} was {before[key]!r}, asked for {value}")
+    if fixed:
+        raise ConfigError("a resumed run keeps its config: " + ", ".join(fixed))
+    return apply_overrides({section: dict(keys) for section, keys in saved.items()}, overrides)
+
+
+def is_finished(config, state):
+    """Whether a checkpoint's run has nothing left to do, neither to train nor to score."""
+    counters = state["counters"]
+    return (counters["env_frames"] >= config.ppo.total_frames
+            and counters.get("scored") == config.evaluation.episodes)
+
+
+@contextmanager
+def locked(folder):
+    """Hold the run's folder, for as long as the process lives at most; ConfigError if another one does."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"{folder}: another process is at this run; let it end, or stop it, first") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def new_folder(config, config_file):
+    """Make runs/NAME; without a name, one that no other run has, even one started in the same second."""
+    runs, name = Path("runs"), config.run.name
+    if name:
+        (runs / name).mkdir(parents=True, exist_ok=True)
+        return runs / name
+    name = f"{Path(config_file).stem if config_file else 'run'}-{datetime.now():%Y%m%d-%H%M%S}"
+    runs.mkdir(exist_ok=True)
+    for number in itertools.count(1):
+        folder = runs / (name if number == 1 else f"{name}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+
+
+def drop_unfinished(folder):
+    """Remove what a kill in the midst of writing left."""
+    for file in folder.rglob(".*.tmp"):
+        file.unlink()
+
+
+def start_run(args, lock, processes=1):
+    """(config, run folder, checkpoint state or None) from the command line; `lock`, an ExitStack, holds the folder."""
+    if args.resume is not None:
+        return resume_run("latest" if args.resume == "latest" else Path(args.resume), args.overrides, lock, processes)
+    config = load_config(args.config, args.overrides)
+    folder = new_folder(config, args.config)
+    lock.enter_context(locked(folder))
+    drop_unfinished(folder)
+    if any(folder.glob("checkpoints/*")):
+        raise ConfigError(f"{folder}: that run exists; go on with --resume {folder}, or choose another run.name")
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    (folder / "metrics.csv").unlink(missing_ok=True)
+    save_config(config, folder / "config.yaml")
+    return config, folder, None
+
+
+def resume_run(path, overrides, lock, processes=1):
+    """As start_run, from a run's folder, a checkpoint file or "latest"."""
+    path = newest_run() if path == "latest" else path
+    if path is None:
+        raise CheckpointError("no run under runs/ has a checkpoint to resume")
+    folder = path if path.is_dir() else Path(os.path.relpath(path.absolute().parent.parent))
+    if (folder / "checkpoints").is_dir():
+        lock.enter_context(locked(folder))
+    state = load_checkpoint(path)
+    if not (isinstance(state, dict) and {"config", "counters", "policy", "landers"} <= state.keys()):
+        raise CheckpointError(f"{path}: holds no training run")
+    if not path.is_dir() and path.absolute().parent.name != "checkpoints":
+        raise CheckpointError(f"{path}: to go on from it, put it into the checkpoints/ of its run's folder")
+    saved = 1 + len(state.get("peers", []))
+    if saved != processes:
+        raise CheckpointError(f"{path}: holds the landers of {saved} process(es), but {processes} were started; go on "
+                              f"with: {launcher(saved)} train.py --resume {path}")
+    config = resume_config(state["config"], overrides)
+    counters = state["counters"]
+    drop_unfinished(folder)
+    if is_finished(config, state):
+        return config, folder, state
+    # Left in their place, newer ones, damaged or not, would be taken for newer than those that are about to be saved.
+    for newer in folder.glob("checkpoints/*.ckpt"):
+        if newer.name > f"{counters['env_frames']:012d}.ckpt":
+            newer.rename(newer.with_suffix(".ckpt.aside"))
+            print(f"{newer} is newer than what this run goes on from; it is put aside as {newer.name}.aside")
+    there = Metrics(folder / "metrics.csv").drop_after(counters["env_frames"])
+    if there < counters["env_frames"]:
+        print(f"{folder}/metrics.csv lacks the updates between {there:,} and {counters['env_frames']:,} frames")
+    save_config(config, folder / "config.yaml")
+    return config, folder, state
