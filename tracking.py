@@ -9,7 +9,6 @@ The CSV gets exactly what MLflow gets, the machine's load apart, so a curve surv
 import errno
 import fcntl
 import json
-import logging
 import os
 import platform
 import subprocess
@@ -114,6 +113,29 @@ class Metrics:
         self.waiting.clear()
 
 
+def load_monitors():
+    """MLflow's own monitors of the machine; not its thread around them, which ends at the first trouble."""
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+    monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    with suppress(Exception):  # no GPU, or no library to ask it with
+        monitors.append(GPUMonitor())
+    return monitors
+
+
+def read_load(monitors):
+    """{"system/cpu_utilization_percentage": number, ...}, under MLflow's names."""
+    load = {}
+    for monitor in monitors:
+        monitor.collect_metrics()
+        load |= {f"system/{key}": value for key, value in monitor.aggregate_metrics().items()}
+        monitor.clear_metrics()
+    return load
+
+
 class Sender(threading.Thread):
     """Sends metrics and files to MLflow beside the training; what cannot be sent is kept until the store takes it."""
 
@@ -122,25 +144,15 @@ class Sender(threading.Thread):
         self.client, self.run_id, self.interval = client, run_id, interval
         self.waiting, self.ended, self.trouble = deque(), threading.Event(), None
         self.files, self.file_trouble = deque(), None  # (path, folder in the run's artifacts)
-        self.machine, self.load = None, {}  # MLflow's monitors; the latest {system metric: number} until it is logged
+        self.load = {}  # the latest {"system/...": number}, until it is logged
 
     def run(self):
-        with suppress(Exception):  # a machine whose load cannot be read
-            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-            logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)  # no word on GPUs that are not there
-            self.machine = SystemMetricsMonitor(self.run_id)  # asked here, never started: it would give up on trouble
+        monitors = load_monitors()
         while not self.ended.wait(self.interval):
-            self.read_load()
             self.send()
             self.send_files()
-
-    def read_load(self):
-        with suppress(Exception):
-            self.machine.collect_metrics()
-            self.load = {f"system/{key}": value for key, value in self.machine.aggregate_metrics().items()}
-            for monitor in self.machine.monitors:
-                monitor.clear_metrics()
+            with suppress(Exception):  # a machine whose load cannot be read
+                self.load = read_load(monitors)
 
     def send(self):
         """Send what waits, oldest first; False if the store did not take it."""
