@@ -24,7 +24,7 @@ import tempfile
 import threading
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # we draw into memory; no display is needed
@@ -462,6 +462,8 @@ class LanderVectorEnv(AsyncVectorEnv):
             super().__init__(*args, **settings)
         except BaseException as error:
             if not getattr(self, "processes", None):  # it failed in the trainer itself
+                if isinstance(error, OSError):
+                    raise WorkerError(f"workers' shared memory: {error.strerror}") from error
                 raise
             cause = self._cause(error, self.long_patience)
             _kill(self.processes)
@@ -551,6 +553,7 @@ def make_vector_env(num_envs, num_workers, seed=0, frame_skip=4, frame_stack=4, 
     picture = frame_planes(color) * (VIEWPORT_H // shrink_factor) * (VIEWPORT_W // shrink_factor)
     _check_shared_memory(num_envs * frame_stack * picture)
     # Ctrl-C is for the trainer, which ends its workers itself: the server that they are forked from passes this on.
+    resource_tracker.ensure_running()  # started by the server, it would let signals through again
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()

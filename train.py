@@ -681,8 +681,8 @@ def main(argv=None):
         if world.lost(error):
             sys.exit(1 if world.rank else f"{who}: another process of this training ended; what was saved goes on "
                      f"with: {how} --resume {folder}")
-        if type(error) is RuntimeError and "allocate memory" not in str(error):  # torch on a CPU
-            raise
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+            raise  # what torch raises on a CPU says that it cannot allocate memory
         sys.exit(
             f"{who}: {(str(error) or 'Out of memory.').splitlines()[0]} A larger ppo.num_minibatches, or smaller "
             "env.num_envs, ppo.num_steps or model, needs less.")
