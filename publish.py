@@ -113,8 +113,9 @@ def command(config, name):
     return " ".join([f"python train.py --config configs/{name}.yaml", *(f"{k}={v}" for k, v in chosen.items())])
 
 
-def facts(folder):
-    """What a table row and a card say of a run's folder or results/NAME, all read from its files."""
+def facts(folder, name=None):
+    """What a table row and a card say of results/NAME, or of a run that shall become it, all read from its files."""
+    name = name or folder.name
     policy, config, _ = load_policy(folder)
     metrics = read_metrics(folder)
     report, sampled = (
@@ -123,9 +124,9 @@ def facts(folder):
     machine = read_json(folder / "machine.json", "machine", "git_commit")
     solved = reached(metrics)
     return {
-        "name": folder.name, "policy": config.model.name, "seed": config.run.seed, "solved": SOLVED,
+        "name": name, "policy": config.model.name, "seed": config.run.seed, "solved": SOLVED,
         "hit": f"{solved[0] / 1e6:.2f} M frames, {solved[1] / 60:.0f} min" if solved else "not reached",
-        "command": command(config, folder.name),
+        "command": command(config, name),
         "frames": int(metrics["frames"][-1]), "minutes": metrics["speed/total_seconds"][-1] / 60,
         "machine": machine["machine"], "commit": machine["git_commit"],
         "greedy": score(report), "sampled": score(sampled), "landed": report["landed_rate"],
@@ -138,7 +139,7 @@ def facts(folder):
 
 def publish(run, name):
     run, folder = Path(run), HERE / "results" / name
-    facts(run)  # what is missing or damaged is found out before anything is replaced
+    facts(run, name)  # what is missing or damaged is found out before anything is replaced
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(run / "checkpoints" / POLICY_FILE, folder)
     for file in FILES:
