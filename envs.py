@@ -67,7 +67,7 @@ def frame_planes(color):
 
 
 def shrink(frame, factor, color):
-    """A rendered frame, uint8 (H, W, 3) RGB, as the agent's small frame, uint8 (C, H/factor, W/factor).
+    """A rendered frame, uint8 (H, W, 3 or 4) RGB or RGBX, as the agent's small frame, uint8 (C, H/factor, W/factor).
 
     Gray first where asked for (ITU-R BT.601 weights, as OpenCV rounds them), then the mean over
     factor x factor blocks, which is what INTER_AREA means for a whole factor.
@@ -76,7 +76,7 @@ def shrink(frame, factor, color):
     if not color:
         frame = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
     small = cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA)
-    return small.transpose(2, 0, 1) if color else small[None]
+    return small.transpose(2, 0, 1)[:3] if color else small[None]
 
 
 class FrameStack:
@@ -165,46 +165,69 @@ class LeanLunarLander(LunarLander):
 class Camera:
     """Draws a LunarLander small, repainting only the rectangle where something moves.
 
-    The drawing calls are those of gymnasium's `LunarLander.render`, in its order, onto a surface that is kept: terrain
-    is drawn once per episode; then only the smallest rectangle of whole small pixels around lander, legs and particles
-    is wiped, drawn, turned to gray and shrunk. The flags need care: the renderer redraws them after every object, and
-    their blended edges grow more opaque each time, so they depend on how many objects there are.
+    The drawing calls are those of gymnasium's `LunarLander.render`, in its order: terrain once per episode, then the
+    smallest rectangle of whole small pixels around lander, legs and particles. The flags need care: the renderer
+    redraws them after every object, and their blended edges grow more opaque each time, so they depend on how many
+    objects there are.
     """
+
+    # One canvas for all cameras of a process; each copies its own background into the part that it repaints. Rows run
+    # upwards, as in the renderer until it flips its picture at the end.
+    pixels = np.zeros((VIEWPORT_H, VIEWPORT_W, 4), np.uint8)  # red, green, blue, unused
+    canvas = pygame.image.frombuffer(pixels, (VIEWPORT_W, VIEWPORT_H), "RGBX")
 
     def __init__(self, factor, color):
         self.factor, self.color = factor, color
-        self.background = pygame.Surface((VIEWPORT_W, VIEWPORT_H))
-        self.canvas = self.background.copy()
+        self.background = np.zeros((VIEWPORT_H, VIEWPORT_W), np.uint8)  # sky and terrain have no colour
+        self.bare = np.zeros((frame_planes(color), VIEWPORT_H // factor, VIEWPORT_W // factor), np.uint8)
+        self.full_cloth = {}  # number of objects -> full pixels of the flags' cloth
 
     def start(self, lander):
-        """Draw the terrain of a new episode; its picture is y-up until `frame` flips it."""
-        self.background.fill((255, 255, 255))
+        """Draw the terrain of a new episode."""
+        half = VIEWPORT_H // 2  # terrain never rises above it; the sky there stays black
+        self.canvas.set_clip((0, 0, VIEWPORT_W, half))
+        self.canvas.fill((255, 255, 255))
         for polygon in lander.sky_polys:
             points = [(x * SCALE, y * SCALE) for x, y in polygon]
-            pygame.draw.polygon(self.background, (0, 0, 0), points)
-            gfxdraw.aapolygon(self.background, points, (0, 0, 0))
-        self.canvas.blit(self.background, (0, 0))
-        self.bare = self._shrink(pygame.Rect(0, 0, VIEWPORT_W, VIEWPORT_H))
+            pygame.draw.polygon(self.canvas, (0, 0, 0), points)
+            gfxdraw.aapolygon(self.canvas, points, (0, 0, 0))
         self.flag_x = [lander.helipad_x1 * SCALE, lander.helipad_x2 * SCALE]
         self.flag_y = lander.helipad_y * SCALE
+        for x in self.flag_x:  # a pole up to its cloth
+            pygame.draw.line(self.canvas, POLE_COLOR, (x, self.flag_y), (x, self.flag_y + 38), 1)
+        self.canvas.set_clip(None)
+        self.background[:half] = self.pixels[:half, :, 0]
+        size = VIEWPORT_W // self.factor, half // self.factor
+        small = cv2.resize(self.background[:half], size, interpolation=cv2.INTER_AREA)
+        self.bare[:, half // self.factor :] = small[::-1]
+        self.shapes = [(body, body.fixtures[0].shape.vertices) for body in lander.drawlist]
         rects = [pygame.Rect(int(x) - 1, int(self.flag_y) - 1, 29, 54) for x in self.flag_x]
         self.flag_rects = [self._whole_pixels(rect) for rect in rects]
-        self.with_flags = {}  # number of objects -> small frame of terrain and flags
+        left, right = rects
+        self.cloth = self._whole_pixels(pygame.Rect(left.left, left.top + 38, right.right - left.left, 16))
+        self.small_cloth = {}  # number of objects -> small pixels of `cloth`
 
     def frame(self, lander):
         """The small frame of this instant, a new uint8 (C, H, W) array."""
-        bodies = [body.fixtures[0] for body in lander.drawlist]
-        outlines = [[f.body.transform * v * SCALE for v in f.shape.vertices] for f in bodies]
+        outlines = []
+        for body, vertices in self.shapes:
+            transform = body.transform
+            outlines.append([(transform * vertex * SCALE).tuple for vertex in vertices])
         radius = 2  # pixels; the renderer's particles are circles of 2 / SCALE metres
-        centers = [p.transform * (0, 0) * SCALE for p in lander.particles]
+        centers = [(particle.position * SCALE).tuple for particle in lander.particles]
 
-        points = [point for outline in outlines for point in outline] + centers
-        xs, ys = [p[0] for p in points], [p[1] for p in points]
+        xs, ys = zip(*sum(outlines, centers), strict=True)
         margin = radius + 2  # pixels: a circle's radius, or an anti-aliased edge, and rounding
         left, bottom = int(min(xs)) - margin, int(min(ys)) - margin
         dirty = pygame.Rect(left, bottom, int(max(xs)) + margin + 1 - left, int(max(ys)) + margin + 1 - bottom)
         dirty = self._whole_pixels(dirty)
 
+        small = self.bare.copy()
+        small[self._small(self.cloth)] = self._cloth(len(centers) + len(outlines))
+        if not dirty:
+            return small
+        part = self.pixels[self._full(dirty)]
+        cv2.cvtColor(self.background[self._full(dirty)], cv2.COLOR_GRAY2RGBA, dst=part)
         flags = dirty.collidelist(self.flag_rects) >= 0
         for particle, center in zip(lander.particles, centers, strict=True):
             red = int(max(0.2, 0.15 + particle.ttl) * 255)
@@ -212,49 +235,36 @@ class Camera:
             pygame.draw.circle(self.canvas, (red, other, other), center, radius)
             if flags:
                 self._draw_flags()
-        for body, outline in zip(lander.drawlist, outlines, strict=True):
+        for (body, _), outline in zip(self.shapes, outlines, strict=True):
             pygame.draw.polygon(self.canvas, body.color1, outline)
             gfxdraw.aapolygon(self.canvas, outline, body.color1)
             pygame.draw.aalines(self.canvas, body.color2, True, outline)
             if flags:
                 self._draw_flags()
+        small[self._small(dirty)] = self._shrink(part)
+        return small
 
-        small = self._flagged(len(lander.particles) + len(lander.drawlist)).copy()
-        if dirty.width and dirty.height:
-            f = self.factor
-            rows, columns = slice(dirty.top // f, dirty.bottom // f), slice(dirty.left // f, dirty.right // f)
-            small[:, rows, columns] = self._shrink(dirty)
-        self.canvas.blit(self.background, dirty, dirty)
-        if flags:
-            self._wipe_flags()
-        return small[:, ::-1]
-
-    def _flagged(self, draws):
-        """Terrain and flags drawn `draws` times over, small and y-up; flags stand where the dirty rectangle is not."""
-        if draws not in self.with_flags:
-            canvas, self.canvas = self.canvas, self.background.copy()
+    def _cloth(self, draws):
+        """Small pixels of the strip that holds the cloth of both flags, drawn `draws` times over."""
+        area = self._full(self.cloth)
+        if draws not in self.full_cloth:
+            self.canvas.fill((0, 0, 0), self.cloth)
             for _ in range(draws):
                 self._draw_flags()
-            small = self.bare.copy()
-            f = self.factor
-            for rect in self.flag_rects:
-                rows, columns = slice(rect.top // f, rect.bottom // f), slice(rect.left // f, rect.right // f)
-                small[:, rows, columns] = self._shrink(rect)
-            self.canvas = canvas
-            self.with_flags[draws] = small
-        return self.with_flags[draws]
+            self.full_cloth[draws] = self.pixels[area].copy()
+        if draws not in self.small_cloth:
+            # The cloth hangs in the black sky: wherever else there is something in the strip, the maximum is that.
+            both = np.maximum(self.background[area][..., None], self.full_cloth[draws])
+            self.small_cloth[draws] = self._shrink(both)
+        return self.small_cloth[draws]
 
     def _draw_flags(self):
         bottom, top = self.flag_y, self.flag_y + 50
         for x in self.flag_x:
             pygame.draw.line(self.canvas, POLE_COLOR, (x, bottom), (x, top), 1)
-            flag = [(x, top), (x, top - 10), (x + 25, top - 5)]
-            pygame.draw.polygon(self.canvas, FLAG_COLOR, flag)
-            gfxdraw.aapolygon(self.canvas, flag, FLAG_COLOR)
-
-    def _wipe_flags(self):
-        for rect in self.flag_rects:
-            self.canvas.blit(self.background, rect, rect)
+            cloth = [(x, top), (x, top - 10), (x + 25, top - 5)]
+            pygame.draw.polygon(self.canvas, FLAG_COLOR, cloth)
+            gfxdraw.aapolygon(self.canvas, cloth, FLAG_COLOR)
 
     def _whole_pixels(self, rect):
         """`rect` grown to whole small pixels and cut to the picture; empty if it lies outside."""
@@ -263,12 +273,18 @@ class Camera:
         right, bottom = min(-(-rect.right // f) * f, VIEWPORT_W), min(-(-rect.bottom // f) * f, VIEWPORT_H)
         return pygame.Rect(left, top, max(right - left, 0), max(bottom - top, 0))
 
-    def _shrink(self, rect):
-        """That part of the canvas, small and y-up: uint8 (C, rows, columns)."""
-        # The view locks the surface, and a locked surface cannot be blitted to: it must not outlive this call.
-        pixels = np.frombuffer(self.canvas.get_buffer(), np.uint8).reshape(VIEWPORT_H, VIEWPORT_W, 4)
-        part = pixels[rect.top : rect.bottom, rect.left : rect.right]
-        return shrink(cv2.cvtColor(part, cv2.COLOR_BGRA2RGB), self.factor, self.color)
+    def _full(self, rect):
+        """Where `rect` is in `pixels`."""
+        return slice(rect.top, rect.bottom), slice(rect.left, rect.right)
+
+    def _small(self, rect):
+        """Where `rect` is in a small frame, whose rows run downwards."""
+        f = self.factor
+        rows = slice((VIEWPORT_H - rect.bottom) // f, (VIEWPORT_H - rect.top) // f)
+        return slice(None), rows, slice(rect.left // f, rect.right // f)
+
+    def _shrink(self, pixels):
+        return shrink(pixels, self.factor, self.color)[:, ::-1]
 
 
 class Lander:

@@ -101,6 +101,15 @@ def test_every_frame_equals_the_renderers(policy, factor, color):
         assert lander.episode_length == len(actions)
 
 
+@pytest.mark.parametrize(("factor", "color"), [(8, False), (4, True), (1, True), (50, False)])
+def test_first_frames_of_many_terrains_equal_the_renderers(factor, color):
+    """One lander through all of them: nothing of an episode's terrain or flags is left in the next."""
+    lander, env = Lander(1, 1, factor, color), gym.make(ENV_ID, render_mode="rgb_array")
+    for seed in range(60):
+        env.reset(seed=seed)
+        np.testing.assert_array_equal(lander.reset(seed), shrink(env.render(), factor, color))
+
+
 @pytest.mark.parametrize("lander_class", [Lander, RenderedLander])
 def test_action_repeat_shows_every_fourth_frame_and_stacks_the_last_ones(lander_class):
     lander = lander_class(frame_skip=4, frame_stack=3, shrink_factor=8, color=True)
