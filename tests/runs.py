@@ -27,7 +27,7 @@ def command(*args):
 
 
 def run(folder, *args, ok=True, **environment):
-    done = subprocess.run(command(*args), cwd=folder, capture_output=True, text=True, timeout=300, check=False,
+    done = subprocess.run(command(*args), cwd=folder, capture_output=True, text=True, timeout=600, check=False,
                           env=os.environ | environment)
     assert not ok or done.returncode == 0, done.stdout + done.stderr
     return done
