@@ -17,10 +17,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from runs import CONFIG, TINY, command, only_run
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
+
+from runs import CONFIG, TINY, command, only_run
 
 PATIENCE = 180  # seconds until a page must show what it shall; minutes where cores are few and busy
 FLAGS = (

@@ -27,7 +27,7 @@ def command(*args):
 
 
 def run(folder, *args, ok=True, **environment):
-    done = subprocess.run(command(*args), cwd=folder, capture_output=True, text=True, timeout=600, check=False,
+    done = subprocess.run(command(*args), cwd=folder, capture_output=True, text=True, timeout=900, check=False,
                           env=os.environ | environment)
     assert not ok or done.returncode == 0, done.stdout + done.stderr
     return done
@@ -59,7 +59,7 @@ def without_speed(table):
     return [{key: value for key, value in row.items() if not key.startswith("speed/")} for row in table]
 
 
-def wait_for_rows(process, folder, count, seconds=60):
+def wait_for_rows(process, folder, count, seconds=300):  # a limit for what hangs, not for what is slow
     for _ in range(20 * seconds):
         if (folder / "metrics.csv").exists() and len(rows(folder)) >= count:
             return

@@ -7,7 +7,6 @@ import time
 
 import pytest
 import torch
-from runs import no_room
 
 from checkpoint import (
     CheckpointError,
@@ -21,6 +20,7 @@ from checkpoint import (
     save_policy,
 )
 from config import Config, ConfigError
+from runs import no_room
 
 
 def test_checkpoint_reads_back(tmp_path):

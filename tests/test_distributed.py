@@ -8,9 +8,9 @@ import sys
 import psutil
 import pytest
 import torch
-from runs import CONFIG, ROOT, TINY, only_run, rows, run, wait_for_rows, without_speed
 
 from checkpoint import load_checkpoint
+from runs import CONFIG, ROOT, TINY, only_run, rows, run, wait_for_rows, without_speed
 
 SETTINGS = ["--config", CONFIG, *TINY, "env.num_workers=1", "evaluation.episodes=0", "ppo.num_steps=16"]
 QUIET = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}

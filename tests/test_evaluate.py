@@ -7,12 +7,12 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from runs import no_room
 
 import evaluate
 from checkpoint import build_policy, load_policy, save_policy
 from config import Config
 from envs import ENV_ID, FrameStack, Lander, RenderedLander, shrink
+from runs import no_room
 
 
 @pytest.fixture(scope="module")

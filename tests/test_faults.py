@@ -13,11 +13,11 @@ import psutil
 import pytest
 import torch
 import torchvision
-from runs import BARE, CONFIG, TINY, command, no_room, only_run, rows, run, start, wait_for_rows, workers_of
 
 import train
 from checkpoint import load_checkpoint, load_policy
 from config import load_config
+from runs import BARE, CONFIG, TINY, command, no_room, only_run, rows, run, start, wait_for_rows, workers_of
 
 UNLIMITED = (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY)
 
@@ -305,6 +305,12 @@ def test_out_of_memory_names_the_settings_that_need_less(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "update", exhausted)
     with pytest.raises(SystemExit, match=r"CUDA out of memory.*ppo\.num_minibatches.*env\.num_envs"):
         train.main(["--config", str(CONFIG), *TINY, *BARE])
+
+
+def test_model_that_does_not_fit_into_memory_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"^train\.py: .*memory.* smaller env\.num_envs, ppo\.num_steps or model.*$"):
+        train.main(["--config", str(CONFIG), *TINY, *BARE, "model.features=10000000000"])
 
 
 def test_pretrained_weights_that_are_not_there_are_said_before_anything_starts(tmp_path):

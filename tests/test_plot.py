@@ -3,9 +3,9 @@ import csv
 import numpy as np
 import pytest
 from matplotlib.image import imread
-from runs import no_room
 
 import plot
+from runs import no_room
 
 
 def write_metrics(folder, offset=0.0, rows=20):

@@ -4,9 +4,9 @@ import os
 
 import mlflow
 import pytest
-from runs import no_room
 
 from config import load_config
+from runs import no_room
 from tracking import Metrics, Outlet, Tracker, TrackingError
 
 HEADER = "frames,update/entropy\n"

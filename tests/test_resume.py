@@ -7,11 +7,11 @@ import sys
 from contextlib import ExitStack
 
 import pytest
-from runs import ROOT, no_room
 
 from checkpoint import CheckpointError, save_checkpoint
 from config import Config, ConfigError, load_config
 from run_folder import is_finished, locked, new_folder, start_run
+from runs import ROOT, no_room
 from signals import Interrupted, SignalWatch
 from train import main
 

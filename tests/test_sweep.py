@@ -9,10 +9,10 @@ import mlflow
 import numpy as np
 import psutil
 import pytest
-from runs import CONFIG, ROOT, TINY, rows, wait_for_rows
 
 import sweep
 from plot import reached
+from runs import CONFIG, ROOT, TINY, rows, wait_for_rows
 
 SWEEP = [sys.executable, ROOT / "sweep.py", "--config", CONFIG, "--name", "s", "--jobs", "2"]
 SETTINGS = [*TINY, "ppo.num_steps=16", "env.num_workers=1", "evaluation.episodes=1", "evaluation.videos=0"]

@@ -13,10 +13,10 @@ import time
 import imageio_ffmpeg
 import numpy as np
 import torch
-from runs import CONFIG, ROOT, TINY, only_run, rows, without_speed
 
 import train
 from config import load_config
+from runs import CONFIG, ROOT, TINY, only_run, rows, without_speed
 from tracking import Sender
 
 SHOWN = """

@@ -8,9 +8,9 @@ import signal
 import psutil
 import pytest
 import torch
-from runs import CONFIG, ROOT, TINY, only_run, rows, run, start, wait_for_rows, without_speed, workers_of
 
 from checkpoint import load_checkpoint
+from runs import CONFIG, ROOT, TINY, only_run, rows, run, start, wait_for_rows, without_speed, workers_of
 
 
 @pytest.fixture(scope="module")
