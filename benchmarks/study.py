@@ -29,7 +29,8 @@ PAGE = f"""# Seeds and pieces
 "To {SOLVED}": when the mean return of the last 100 training episodes first reached it; medians where a line has several
 seeds and "not reached" counts as the worst. Scores are means over 100 unseen seeds with 95% intervals. The state vector
 is a yardstick, the same PPO without eyes to train; all others see frames only. What each run was set to is in its
-`config.yaml`, what it measured in its `metrics.csv`.
+`config.yaml`, what it measured in its `metrics.csv`; one without a score was stopped before its end. Minutes are
+wall-clock, on one core of two, with other work beside it, where the config says `num_threads: 1`.
 
 ![return over frames and minutes](compare.png)
 """
@@ -42,28 +43,33 @@ def keep(label, runs):
         folder = STUDY / label.replace(" ", "-") / f"seed-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
-            if (run / name).exists() or name != "report_sampled.json":  # the yardstick is scored greedily only
+            if (run / name).exists() or "report" not in name:  # a run may have been stopped before its score
                 shutil.copy(run / name, folder)
 
 
 def rows(groups):
     """The table in Markdown. groups: {label: [folder of a seed, ...]}."""
-    yield f"| | seed | trained for | frames to {SOLVED} | minutes to {SOLVED} | greedy | landed | sampled |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    yield f"| | seed | trained for | frames to {SOLVED} | minutes to {SOLVED} | greedy, landed | sampled, landed |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
     for label, folders in groups.items():
         solved = []
         for folder in folders:
             metrics, seed = read_metrics(folder), load_config(folder / "config.yaml").run.seed
-            report, sampled = json.loads((folder / "report.json").read_text()), folder / "report_sampled.json"
             solved.append(reached(metrics) or (float("inf"), float("inf")))
             trained = f"{metrics['frames'][-1] / 1e6:.1f} M frames, {metrics['speed/total_seconds'][-1] / 60:.0f} min"
             yield (
                 f"| {label} | {seed} | {trained} | {_millions(solved[-1][0])} | {_minutes(solved[-1][1])} | "
-                f"{score(report)} | {report['landed_rate']:.0%} | "
-                f"{score(json.loads(sampled.read_text())) if sampled.exists() else ''} |")
+                f"{_scored(folder, 'report.json')} | {_scored(folder, 'report_sampled.json')} |")
         if len(folders) > 1:
             frames, seconds = (statistics.median(values) for values in zip(*solved, strict=True))
-            yield f"| {label} | median | | **{_millions(frames)}** | **{_minutes(seconds)}** | | | |"
+            yield f"| {label} | median | | **{_millions(frames)}** | **{_minutes(seconds)}** | | |"
+
+
+def _scored(folder, name):
+    if not (folder / name).exists():
+        return ""
+    report = json.loads((folder / name).read_text())
+    return f"{score(report)}, {report['landed_rate']:.0%}"
 
 
 def _millions(frames):
