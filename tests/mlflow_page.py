@@ -109,8 +109,8 @@ def main():
         videos = sorted(path.name for path in (folder / "runs/watched/videos").iterdir())
         port = free_port()
         server = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "ui"], cwd=folder, env=os.environ | {"MLFLOW_PORT": str(port)},
-            start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            [sys.executable, "-m", "mlflow", "ui", "--port", str(port)], cwd=folder, start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         options = webdriver.ChromeOptions()
         options.binary_location = "/usr/bin/chromium"
         for flag in (*FLAGS, f"--user-data-dir={folder / 'browser'}"):
