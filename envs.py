@@ -86,16 +86,21 @@ class FrameStack:
     """
 
     def __init__(self, length, shape):
-        self.planes = shape[0]
-        self.frames = np.zeros((length * shape[0], *shape[1:]), np.uint8)
+        self.length, self.planes, self.next = length, shape[0], 0
+        self.strip = np.zeros((2 * length, *shape), np.uint8)
+
+    @property
+    def frames(self):
+        return self.strip[self.next : self.next + self.length].reshape(-1, *self.strip.shape[2:])
 
     def fill(self, frame):
-        self.frames.reshape(-1, *frame.shape)[:] = frame
+        self.strip[:] = frame
         return self.frames
 
     def push(self, frame):
-        self.frames[: -self.planes] = self.frames[self.planes :]
-        self.frames[-self.planes :] = frame
+        # Written twice, `length` apart, so that the last `length` frames always lie in a row and none needs to move.
+        self.strip[self.next] = self.strip[self.next + self.length] = frame
+        self.next = (self.next + 1) % self.length
         return self.frames
 
 
