@@ -192,10 +192,12 @@ class Camera:
         half = VIEWPORT_H // 2  # terrain never rises above it; the sky there stays black
         self.canvas.set_clip((0, 0, VIEWPORT_W, half))
         self.canvas.fill((255, 255, 255))
-        for polygon in lander.sky_polys:
-            points = [(x * SCALE, y * SCALE) for x, y in polygon]
-            pygame.draw.polygon(self.canvas, (0, 0, 0), points)
-            gfxdraw.aapolygon(self.canvas, points, (0, 0, 0))
+        # The renderer draws the sky in ten pieces; as one it gives the same pixels.
+        sky = lander.sky_polys
+        corners = [sky[0][0], *(piece[1] for piece in sky), sky[-1][2], sky[0][3]]
+        corners = [(x * SCALE, y * SCALE) for x, y in corners]
+        pygame.draw.polygon(self.canvas, (0, 0, 0), corners)
+        gfxdraw.aapolygon(self.canvas, corners, (0, 0, 0))
         self.flag_x = [lander.helipad_x1 * SCALE, lander.helipad_x2 * SCALE]
         self.flag_y = lander.helipad_y * SCALE
         for x in self.flag_x:  # a pole up to its cloth
