@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
 from config import load_config
+from distributed import ALONE
 from tracking import Tracker
 
 KINDS = ("checkpoints", "bookkeeping", "metrics", "MLflow", "watching workers")
@@ -38,7 +39,7 @@ class Watch(train.SignalWatch):
     """What train() asks whether it is to stop."""
 
     def __init__(self):
-        self.received, self.patient = None, False
+        self.received, self.patient, self.world = None, False, ALONE
 
 
 def polls(vector_env, seconds):
