@@ -11,8 +11,9 @@ import psutil
 import pytest
 
 import sweep
-from plot import reached
+from plot import NEEDED, reached
 from runs import CONFIG, ROOT, TINY, rows, wait_for_rows
+from tracking import Metrics
 
 SWEEP = [sys.executable, ROOT / "sweep.py", "--config", CONFIG, "--name", "s", "--jobs", "2"]
 SETTINGS = [*TINY, "ppo.num_steps=16", "env.num_workers=1", "evaluation.episodes=1", "evaluation.videos=0"]
@@ -25,7 +26,7 @@ def start(folder, *args):
 
 
 def test_a_sweep_is_stopped_and_goes_on_and_is_one_family_in_mlflow(tmp_path, monkeypatch, capsys):
-    command = ["--seeds", "1", "2", "ppo.learning_rate=1e-3", *SETTINGS, "ppo.total_frames=1500"]
+    command = ["--seeds", "1", "2", "ppo.learning_rate=1e-3", *SETTINGS, "ppo.total_frames=6000"]
     process = start(tmp_path, *command)
     folders = [tmp_path / "runs" / f"s-seed-{seed}" for seed in (1, 2)]
     for folder in folders:
@@ -39,7 +40,7 @@ def test_a_sweep_is_stopped_and_goes_on_and_is_one_family_in_mlflow(tmp_path, mo
     stopped = [rows(folder) for folder in folders]
     for folder, table in zip(folders, stopped, strict=True):
         assert "SIGINT: saved" in (folder / "train.log").read_text()
-        assert int(table[-1]["frames"]) < 1500
+        assert int(table[-1]["frames"]) < 6000
 
     process = start(tmp_path, *command)
     output = process.communicate(timeout=600)[0]
@@ -84,9 +85,10 @@ def test_the_summary_tells_when_200_was_reached(tmp_path, monkeypatch):
     jobs = sweep.plan(CONFIG, "n", ["1", "2", "3"], ["ppo.total_frames=3000000", "evaluation.episodes=0"])
     for job, returns in zip(jobs, ([0, 210, 190], [0, 150, 200], [0, 100, 190]), strict=True):
         job.folder.mkdir(parents=True)
-        lines = [f"{(i + 1) * 1_000_000},{value},{60 * (i + 1)}" for i, value in enumerate(returns)]
-        (job.folder / "metrics.csv").write_text(
-            "\n".join(["frames,rollout/return_mean,speed/total_seconds", *lines, ""]))
+        metrics = Metrics(job.folder / "metrics.csv")
+        for i, value in enumerate(returns):
+            metrics.append(dict.fromkeys(NEEDED, 0) | {
+                "frames": (i + 1) * 1_000_000, "rollout/return_mean": value, "speed/total_seconds": 60 * (i + 1)})
     assert sweep.summary(jobs).splitlines()[-1] == "| n | 3 | 2 | 2.50 (2.00 to 3.00) | 2.5 (2.0 to 3.0) | - |"
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 import train
+from checkpoint import load_checkpoint
 from config import load_config
 from runs import CONFIG, ROOT, TINY, only_run, rows, without_speed
 from tracking import Sender
@@ -61,7 +62,7 @@ def on_a_terminal(command, columns=80):
 def test_a_terminal_has_one_live_line():
     output = on_a_terminal(shown())
     *_, last = (line for line in re.split(r"[\r\n]+", output) if "return" in line)
-    assert re.match(r"2\.00M/2\.00M, +[\d.]+[kM]?/s, 00:00 left, return 70, landed 50%, KL 0\.012, clip 0\.17", last)
+    assert re.match(r"2\.00M/2\.00M, +[\d.]+[kMG]?/s, 00:00 left, return 70, landed 50%, KL 0\.012, clip 0\.17", last)
     lines = [re.sub(r"\x1b\[\w+", "", line) for line in output.replace("\r\n", "\n").split("\n")]
     assert len(lines) == 3  # what was said, the live line, and nothing after it
     assert lines[0].endswith("\rsomething to say")
@@ -179,7 +180,7 @@ def test_a_milestone_is_filmed_once_also_after_a_resume_and_draws_no_random_numb
         trainer.save(after)
     finally:
         trainer.close()
-    resumed = train.Trainer(config, tmp_path, train.load_checkpoint(tmp_path))
+    resumed = train.Trainer(config, tmp_path, load_checkpoint(tmp_path))
     try:
         assert resumed.film_milestones(metrics) == []
     finally:
