@@ -148,6 +148,8 @@ class Sender(threading.Thread):
 
     def run(self):
         monitors = load_monitors()
+        with suppress(Exception):
+            read_load(monitors)  # a processor's share is measured since the last reading
         while not self.ended.wait(self.interval):
             self.send()
             self.send_files()

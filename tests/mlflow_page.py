@@ -42,6 +42,7 @@ class Pages:
 
     def open(self, page, shows, what):
         """Open a page, wait until `shows(browser)` is true, keep a picture of it."""
+        self.browser.switch_to.new_window("tab")  # in the same one the page would only be changed, not opened
         self.browser.get(f"{self.address}/#/{page}")
         try:
             value = self.wait.until(shows)
@@ -84,16 +85,14 @@ def plays_video(browser):
 def look(browser, address, run_id, experiment, video, screenshots):
     pages = Pages(browser, address, screenshots)
     here = f"experiments/{experiment}/runs/{run_id}"
-    pages.open(f"experiments/{experiment}/runs", has_texts("watched"), "experiment")
+    pages.open(f"experiments/{experiment}/runs", has_texts("watched", "Training runs"), "experiment")
     pages.open(here, has_texts("rollout/return_mean", "update/approx_kl", "ppo.gamma", "watched", "Finished"), "run")
     pages.open(f"{here}/model-metrics", has_charts(4), "metrics")
     pages.open(f"{here}/system-metrics", has_charts(1), "system metrics")
     pages.open(f"{here}/artifacts/curves.png", shows_picture, "figure")
     pages.open(f"{here}/artifacts/videos/{video}", plays_video, "video")
-    before = browser.execute_script("return document.querySelector('video').currentTime")
-    pages.wait.until(lambda _: browser.execute_script(
-        "const v = document.querySelector('video'); return v.currentTime > arguments[0] || v.ended", before))
-    print("it goes on playing")
+    pages.wait.until(lambda _: browser.execute_script("return document.querySelector('video').ended"))
+    print("it plays to its end")
 
 
 def main():
@@ -113,6 +112,7 @@ def main():
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         options = webdriver.ChromeOptions()
         options.binary_location = "/usr/bin/chromium"
+        options.page_load_strategy = "none"  # what a page shall show is waited for
         for flag in (*FLAGS, f"--user-data-dir={folder / 'browser'}"):
             options.add_argument(flag)
         try:
@@ -121,14 +121,13 @@ def main():
                 assert time.monotonic() < deadline, "mlflow ui did not start"
                 time.sleep(0.5)
             browser = webdriver.Chrome(options, webdriver.ChromeService("/usr/bin/chromedriver"))
-            browser.set_page_load_timeout(PATIENCE)
             try:
                 look(browser, f"http://127.0.0.1:{port}", found.info.run_id, found.info.experiment_id, videos[-1],
                      screenshots)
             finally:
                 browser.quit()
         finally:
-            os.killpg(server.pid, signal.SIGTERM)
+            os.killpg(server.pid, signal.SIGKILL)
             server.wait()
 
 
