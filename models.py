@@ -46,11 +46,14 @@ class Glimpse(nn.Module):
     The lander covers 1 % of the picture; what the policy must see of it, its tilt, is a matter of single pixels. Like
     an eye, this looks at the whole picture coarsely, and at one spot finely. Which spot is a colour direction, a vector
     of red, green, blue, found once by `calibrate` from frames alone; attention is the softmax of the pixels' scores.
+
+    With `subpixel` the spot lies in the middle of the cut-out to a tenth of a pixel, by bilinear interpolation: a tilt
+    moves a lander's feet by less than half a pixel, which the jumps of a cut along whole pixels would drown.
     """
 
-    def __init__(self, size, stride=4, sharpness=40.0):
+    def __init__(self, size, subpixel=True, stride=4, sharpness=40.0):
         super().__init__()
-        self.size, self.stride, self.sharpness = size, stride, sharpness
+        self.size, self.subpixel, self.stride, self.sharpness = size, subpixel, stride, sharpness
         self.register_buffer("direction", torch.zeros(3))
 
     @torch.no_grad()
@@ -88,19 +91,31 @@ class Glimpse(nn.Module):
             limit = torch.tensor([width - self.size, height - self.size], device=frames.device)
             return (center - self.size / 2).round().long().clamp(min=torch.zeros_like(limit), max=limit)
 
+    def cut(self, frames, corner, size):
+        """The square of each frame whose upper left pixel is at `corner`, int64 (B, 2): uint8 (B, 3, size, size)."""
+        height, width = frames.shape[2:]
+        span = torch.arange(size, device=frames.device)
+        columns = (corner[:, :1] + span).clamp(max=width - 1)  # (B, size); beyond an edge, its last pixel again
+        rows = (corner[:, 1:] + span).clamp(max=height - 1)
+        index = rows[:, :, None] * width + columns[:, None, :]  # (B, size, size)
+        return frames.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, 3, -1)).unflatten(2, (size, size))
+
     @torch.no_grad()
     def forward(self, frames):
         """frames uint8 (B, 3, H, W) -> crops uint8 (B, 3, size, size), positions float32 (B, 2), x and y in -1..1."""
-        b, _, height, width = frames.shape
+        height, width = frames.shape[2:]
+        last = torch.tensor([width - 1, height - 1], device=frames.device)
         corner = self.corner(frames)
         with torch.autocast(frames.device.type, enabled=False):  # positions are finer than bfloat16 can tell
-            span = torch.arange(self.size, device=frames.device)
-            columns, rows = corner[:, :1] + span, corner[:, 1:] + span  # (B, size)
-            index = rows[:, :, None] * width + columns[:, None, :]  # (B, size, size)
-            crops = frames.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, 3, -1))
-            crops = crops.view(b, 3, self.size, self.size)
-            position = corner + self.centroid(crops.float() / 255)
-            return crops, position / torch.tensor([(width - 1) / 2, (height - 1) / 2], device=frames.device) - 1
+            crops = self.cut(frames, corner, self.size)
+            center = corner + self.centroid(crops.float() / 255)
+            if self.subpixel:
+                corner = (center - (self.size - 1) / 2).clamp(torch.zeros_like(last), last + 1 - self.size)
+                x, y = corner.frac()[:, :, None, None, None].unbind(1)
+                crops = self.cut(frames, corner.long(), self.size + 1).float()  # one pixel more, to mix neighbours
+                crops = torch.lerp(crops[..., :-1], crops[..., 1:], x)
+                crops = torch.lerp(crops[..., :-1, :], crops[..., 1:, :], y).round().byte()
+            return crops, center / last * 2 - 1
 
 
 class Policy(nn.Module):
@@ -110,13 +125,14 @@ class Policy(nn.Module):
         model_config = ConfigDict(extra="forbid", frozen=True)
         name: str = Field(description="which policy: a name in POLICIES")
         glimpse: int = Field(32, ge=0, description="side in pixels of the cut-out around what moves; 0: all")
+        subpixel: bool = Field(True, description="cut out exactly around the spot, between pixels; false: whole pixels")
         mirror: bool = Field(True, description="treat a lander on the left as one on the right seen in a mirror")
         features: int = Field(256, ge=1, description="units of the hidden layer before the two heads")
 
     def __init__(self, options, stack, planes, height, width, num_actions=4):
         super().__init__()
         self.options, self.stack, self.planes, self.num_actions = options, stack, planes, num_actions
-        self.eye = Glimpse(options.glimpse) if options.glimpse else None
+        self.eye = Glimpse(options.glimpse, options.subpixel) if options.glimpse else None
         self.picture_size = (options.glimpse, options.glimpse) if options.glimpse else (height, width)
 
     def make_heads(self, inputs):

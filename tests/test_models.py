@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -7,7 +8,7 @@ import torchvision
 from torch import nn
 
 from config import ConfigError, check_config, load_config
-from envs import Lander
+from envs import Lander, shrink
 from models import POLICIES, Glimpse, Policy, TemporalResNet, WeightsError, make_policy
 
 SHAPE = {"stack": 4, "planes": 3, "height": 100, "width": 150}
@@ -50,7 +51,7 @@ def test_glimpse_learns_from_motion_what_to_look_at():
 
     places = [(20 + 5 * i, 10 + 3 * i) for i in range(12)]
     frames = torch.stack([picture(x, y) for x, y in places])
-    eye = Glimpse(32)
+    eye = Glimpse(32, subpixel=False)
     eye.calibrate(frames[:-1], frames[1:])
     crops, positions = eye(frames)
     assert crops.shape == (12, 3, 32, 32)
@@ -61,12 +62,45 @@ def test_glimpse_learns_from_motion_what_to_look_at():
 
 
 def test_glimpse_is_cut_from_the_frame_unchanged(frames):
-    policy = calibrated("cnn", frames, mirror=False)
+    policy = calibrated("cnn", frames, subpixel=False)
     newest = frames[:, -3:]
     crops, _ = policy.eye(newest)
     for frame, crop in zip(newest, crops, strict=True):
         windows = frame.unfold(1, 32, 1).unfold(2, 32, 1)  # (3, 69, 119, 32, 32)
         assert (windows == crop[:, None, None]).flatten(3).all(3).all(0).any()
+
+
+def test_subpixel_glimpse_does_not_shake():
+    """A shape that moves by quarters of a pixel looks the same in each glimpse, in the middle, at any place."""
+    def picture(x, y):
+        canvas = np.zeros((400, 600, 3), np.uint8)
+        cv2.fillPoly(canvas, [np.int32([(x, y), (x + 40, y + 8), (x + 32, y + 36), (x + 4, y + 28)])], (100, 90, 220))
+        return torch.from_numpy(shrink(canvas, 4, color=True))
+
+    frames = torch.stack([picture(200 + 5 * i, 100 + 3 * i) for i in range(16)])
+    shaking = {}
+    for subpixel in (True, False):
+        eye = Glimpse(32, subpixel)
+        eye.calibrate(frames[:-1], frames[1:])
+        crops, positions = eye(frames)
+        crops = crops.float()
+        shaking[subpixel] = (crops - crops.mean(0)).abs().mean().item()
+        if subpixel:
+            assert (eye.centroid(crops / 255) - 15.5).abs().max() < 0.35  # pixels
+            steps = positions.diff(dim=0) * torch.tensor([149 / 2, 99 / 2])
+            torch.testing.assert_close(steps, torch.tensor([5 / 4, 3 / 4]).expand(15, 2), atol=0.6, rtol=0)
+    assert shaking[True] < shaking[False] / 3
+
+
+def test_glimpse_at_the_edge_stays_inside(frames):
+    """Wherever the spot is, in the corners too, the glimpse is a piece of the picture that holds it."""
+    for height, width in ((0, 0), (0, 144), (94, 0), (94, 144)):
+        pictures = torch.zeros(2, 3, 100, 150, dtype=torch.uint8)
+        pictures[0, :, 40:46, 40:46] = pictures[1, :, height : height + 6, width : width + 6] = 255
+        eye = Glimpse(32)
+        eye.calibrate(pictures[:1], pictures[1:])
+        crop = eye(pictures)[0][1]
+        assert (crop == 255).sum() == 3 * 36
 
 
 def test_glimpse_needs_motion(frames):
