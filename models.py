@@ -47,8 +47,8 @@ class Glimpse(nn.Module):
     an eye, this looks at the whole picture coarsely, and at one spot finely. Which spot is a colour direction, a vector
     of red, green, blue, found once by `calibrate` from frames alone; attention is the softmax of the pixels' scores.
 
-    With `subpixel` the spot lies in the middle of the cut-out to a tenth of a pixel, by bilinear interpolation: a tilt
-    moves a lander's feet by less than half a pixel, which the jumps of a cut along whole pixels would drown.
+    With `subpixel` it is cut out exactly around that spot, by bilinear interpolation: two degrees of tilt move the feet
+    of a lander by a third of a pixel, which would drown in the jumps of a cut along whole pixels.
     """
 
     def __init__(self, size, subpixel=True, stride=4, sharpness=40.0):

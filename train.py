@@ -104,6 +104,8 @@ def collect(envs, policy, rollout, frames, reward_scale, autocast):
     lander = torch.arange(num_envs, device=device)[:, None]
 
     def look(row, frame):
+        if device.type == "cuda":
+            frame = frame.pin_memory()  # the one copy; the GPU fetches it from there by itself
         with autocast:
             for key, tensor in policy.look(frame.to(device, non_blocking=True)).items():
                 rollout.seen[key][row] = tensor
