@@ -79,7 +79,7 @@ class Env(Section):
 
 
 class PPO(Section):
-    total_frames: Positive = Field(2_000_000, description="environment frames, that is physics steps, to train for")
+    total_frames: Positive = Field(1_500_000, description="environment frames, that is physics steps, to train for")
     num_steps: Positive = Field(64, le=65_536, description="decisions per lander and rollout")
     learning_rate: float = Field(1e-3, gt=0, le=1, description="Adam's step size at the start")
     adam_eps: float = Field(1e-5, gt=0, description="Adam's epsilon")
@@ -100,8 +100,8 @@ class PPO(Section):
     target_kl: float | None = Field(None, gt=0, description="an update ends early once a pass exceeds this KL")
     reward_scale: float = Field(0.01, gt=0, description="rewards are multiplied by this before learning")
     late_return: float | None = Field(180, description="mean return at which the late stage begins; null: never")
-    late_learning_rate: float = Field(0.5, gt=0, le=1, description="late stage: learning rate times this")
-    late_entropy: float = Field(0.2, ge=0, le=1, description="late stage: entropy bonus times this")
+    late_learning_rate: float = Field(0.25, gt=0, le=1, description="late stage: learning rate times this")
+    late_entropy: float = Field(0.0, ge=0, le=1, description="late stage: entropy bonus times this")
 
 
 class Evaluation(Section):
