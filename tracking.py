@@ -243,7 +243,9 @@ class Tracker:
     def _start_mlflow(self, config):
         import mlflow
         from mlflow.entities import Param, RunTag
+        from mlflow.store.db import utils
 
+        utils.MAX_RETRY_COUNT = 4  # as above: it would try a database that cannot be opened for 102 seconds; so for 1.1
         try:
             mlflow.set_tracking_uri(self.settings.uri)
             with alone(self.folder.parent):
