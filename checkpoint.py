@@ -108,10 +108,6 @@ def newest_run(root="runs", holding="checkpoints/*.ckpt"):
     return newest and Path(*newest.parts[: len(Path(root).parts) + 1])
 
 
-def save_policy(path, policy, config, env_frames):
-    write_atomically(path, policy_bytes(policy, config, env_frames))
-
-
 def policy_bytes(policy, config, env_frames):
     """Weights for sharing: safetensors, with config and the frames it was trained for in the metadata."""
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in policy.state_dict().items()}

@@ -7,6 +7,7 @@ of doc; a YAML file holds only what differs. `python config.py` prints them all.
 """
 
 import difflib
+import json
 import math
 import re
 import signal
@@ -302,4 +303,4 @@ if __name__ == "__main__":
     for section, keys in sections.items():
         print(f"{section}:")
         for key, field in keys.model_fields.items():
-            print(f"  {key}: {field.get_default(call_default_factory=True)!r}  # {field.description}")
+            print(f"  {key}: {json.dumps(field.get_default(call_default_factory=True))}  # {field.description}")

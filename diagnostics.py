@@ -44,7 +44,7 @@ class Diagnostics:
             "high clip fraction": (
                 clip > HIGH_CLIP,
                 f"clip fraction is {clip:.2f}, above its band of {CLIP_FRACTION_BAND[0]} to {CLIP_FRACTION_BAND[1]}: "
-                f"most of each batch is thrown away. Lower ppo.learning_rate={ppo.learning_rate:g} or "
+                f"much of each batch teaches nothing any more. Lower ppo.learning_rate={ppo.learning_rate:g} or "
                 f"ppo.update_epochs={ppo.update_epochs}, or use larger minibatches with a smaller "
                 f"ppo.num_minibatches={ppo.num_minibatches}"),
             "low clip fraction": (

@@ -560,7 +560,7 @@ def _check_shared_memory(size):
                           "a smaller env.num_envs or env.frame_stack")
 
 
-def make_vector_env(num_envs, num_workers, seed=0, frame_skip=4, frame_stack=4, shrink_factor=8, color=False,
+def make_vector_env(num_envs, num_workers, seed=0, frame_skip=4, frame_stack=4, shrink_factor=4, color=True,
                     first_lander=0):
     """num_envs landers over num_workers processes, numbered from first_lander on; seed and number make their episodes.
 

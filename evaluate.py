@@ -39,7 +39,7 @@ MAX_LANDERS = 50  # episodes played side by side; bounds memory
 
 
 @torch.no_grad()
-def play(policy, env_config, seeds, sample_seed=None, lander_class=Lander, recorder=None, autocast_dtype=None,
+def play(policy, env_config, seeds, sample_seed=None, lander_class=Lander, recorder=None,
          progress=None):
     """Play one episode per seed, many side by side so that the policy sees them as one batch.
 
@@ -65,8 +65,7 @@ def play(policy, env_config, seeds, sample_seed=None, lander_class=Lander, recor
         begin(lander_class(**settings))
     while playing:
         frames = torch.from_numpy(np.stack([frames for _, _, frames, _ in playing])).to(device)
-        with torch.autocast(device.type, autocast_dtype or torch.bfloat16, enabled=autocast_dtype is not None):
-            logits, values = policy(*policy.see(frames))
+        logits, values = policy(*policy.see(frames))
         probabilities = logits.double().softmax(-1).cpu().numpy()
         batch, playing = playing, []
         for (lander, index, frames, rng), p, value in zip(batch, probabilities, values.tolist(), strict=True):

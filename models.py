@@ -81,16 +81,6 @@ class Glimpse(nn.Module):
         y = attention.sum(2) @ torch.arange(h, dtype=torch.float32, device=pixels.device)
         return torch.stack([x, y], 1)
 
-    @torch.no_grad()
-    def corner(self, frames):
-        """frames uint8 (B, 3, H, W) -> int64 (B, 2): column and row of the upper left pixel of each cut-out."""
-        height, width = frames.shape[2:]
-        with torch.autocast(frames.device.type, enabled=False):
-            # Every stride-th pixel is enough to find the spot; the position is then measured within the cut-out.
-            center = self.centroid(frames[:, :, :: self.stride, :: self.stride].float() / 255) * self.stride
-            limit = torch.tensor([width - self.size, height - self.size], device=frames.device)
-            return (center - self.size / 2).round().long().clamp(min=torch.zeros_like(limit), max=limit)
-
     def cut(self, frames, corner, size):
         """The square of each frame whose upper left pixel is at `corner`, int64 (B, 2): uint8 (B, 3, size, size)."""
         height, width = frames.shape[2:]
@@ -101,21 +91,33 @@ class Glimpse(nn.Module):
         return frames.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, 3, -1)).unflatten(2, (size, size))
 
     @torch.no_grad()
+    def find(self, frames):
+        """frames uint8 (B, 3, H, W) -> the spot, float32 (B, 2), and the upper left of its cut-out, float32 (B, 2).
+
+        Both are columns and rows of pixels; without `subpixel` the latter are whole.
+        """
+        height, width = frames.shape[2:]
+        limit = torch.tensor([width - self.size, height - self.size], device=frames.device)
+        with torch.autocast(frames.device.type, enabled=False):  # positions are finer than bfloat16 can tell
+            # Every stride-th pixel is enough to find the spot; the position is then measured within a cut-out.
+            center = self.centroid(frames[:, :, :: self.stride, :: self.stride].float() / 255) * self.stride
+            corner = (center - self.size / 2).round().clamp(torch.zeros_like(limit), limit)
+            spot = corner + self.centroid(self.cut(frames, corner.long(), self.size).float() / 255)
+            if self.subpixel:
+                corner = (spot - (self.size - 1) / 2).clamp(torch.zeros_like(limit), limit)
+            return spot, corner
+
+    @torch.no_grad()
     def forward(self, frames):
         """frames uint8 (B, 3, H, W) -> crops uint8 (B, 3, size, size), positions float32 (B, 2), x and y in -1..1."""
         height, width = frames.shape[2:]
-        last = torch.tensor([width - 1, height - 1], device=frames.device)
-        corner = self.corner(frames)
-        with torch.autocast(frames.device.type, enabled=False):  # positions are finer than bfloat16 can tell
-            crops = self.cut(frames, corner, self.size)
-            center = corner + self.centroid(crops.float() / 255)
-            if self.subpixel:
-                corner = (center - (self.size - 1) / 2).clamp(torch.zeros_like(last), last + 1 - self.size)
-                x, y = corner.frac()[:, :, None, None, None].unbind(1)
-                crops = self.cut(frames, corner.long(), self.size + 1).float()  # one pixel more, to mix neighbours
-                crops = torch.lerp(crops[..., :-1], crops[..., 1:], x)
-                crops = torch.lerp(crops[..., :-1, :], crops[..., 1:, :], y).round().byte()
-            return crops, center / last * 2 - 1
+        spot, corner = self.find(frames)
+        x, y = corner.frac()[:, :, None, None, None].unbind(1)
+        with torch.autocast(frames.device.type, enabled=False):
+            crops = self.cut(frames, corner.long(), self.size + 1).float()  # one pixel more, to mix neighbours
+            crops = torch.lerp(crops[..., :-1], crops[..., 1:], x)
+            crops = torch.lerp(crops[..., :-1, :], crops[..., 1:, :], y).round().byte()
+            return crops, spot / torch.tensor([(width - 1) / 2, (height - 1) / 2], device=frames.device) - 1
 
 
 class Policy(nn.Module):

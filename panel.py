@@ -40,7 +40,7 @@ class Insight:
     """What one decision saw, and what it hung on."""
 
     pictures: np.ndarray  # uint8 (S, h, w, C): cut-outs, oldest first; whole frames of a policy without an eye
-    corners: np.ndarray | None  # int64 (S, 2): column and row of each cut-out in its frame
+    corners: np.ndarray | None  # float32 (S, 2): column and row of each cut-out in its frame
     saliency: np.ndarray  # float32 (h, w): |d logit of the chosen action / d pixel| of the newest picture, over colours
     attention: np.ndarray | None  # float32 (heads, S): in the last layer over time, of the newest step to each frame
 
@@ -53,7 +53,7 @@ def look_inside(policy, frames, action):
     """
     singles = frames.unflatten(0, (policy.stack, policy.planes))  # (S, C, H, W)
     pictures = Policy.look(policy, singles)["pictures"].permute(0, 2, 3, 1)
-    corners = policy.eye.corner(singles).cpu().numpy() if policy.eye else None
+    corners = policy.eye.find(singles)[1].cpu().numpy() if policy.eye else None
     seen, stacks = policy.see(frames[None])
     seen["pictures"] = seen["pictures"].float().requires_grad_()  # the same numbers, but bytes have no gradient
     with torch.enable_grad(), _attention_over_time(policy) as attention:
@@ -237,8 +237,8 @@ class Panel:
             place = self._paste(singles[i], x, STACK_TOP, self.frame_size)
             if self.policy.eye:
                 scale = self.cell / frames.shape[2]
-                corner, side = (insight.corners[i] * scale).astype(int).tolist(), int(self.policy.eye.size * scale)
-                cv2.rectangle(place, (*corner, side, side), BOX)
+                corner, side = np.rint(insight.corners[i] * scale).astype(int), int(self.policy.eye.size * scale)
+                cv2.rectangle(place, (*corner.tolist(), side, side), BOX)
                 self._paste(insight.pictures[i], x, self.picture_top, self.picture_size)
         gray = insight.pictures[-1].mean(2, keepdims=True)
         strength = insight.saliency / max(insight.saliency.max(), 1e-12)

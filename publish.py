@@ -1,7 +1,7 @@
 """Copies a finished run into results/, as a page that others can judge and use, and renews the README's table.
 
     python publish.py runs/NAME cnn        # -> results/cnn/
-    python publish.py                      # only the pages and the table, from what results/ holds
+    python publish.py                      # pages, curves, landings and the table anew, from what results/ holds
 
 Nothing is typed by hand: every number comes from the run's own metrics.csv, config.yaml, machine.json and reports.
 """
@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import POLICY_FILE, CheckpointError, load_policy
 from config import ConfigError, load_config
-from envs import VIEWPORT_H, VIEWPORT_W
-from evaluate import write_gif
+from envs import EVALUATION_SEED, VIEWPORT_H, VIEWPORT_W, RenderedLander
+from evaluate import VideoRecorder, play, write_gif
 from plot import SOLVED, PlotError, draw_run, reached, read_metrics
 
 HERE = Path(__file__).parent
@@ -32,7 +32,7 @@ BEGIN, END = "<!-- results: written by publish.py -->", "<!-- end of results -->
 FILES = ("config.yaml", "metrics.csv", "machine.json", "report.json", "report_sampled.json")
 CARD = """# {policy}: a mean return of {greedy}
 
-{landing}
+![a landing](landing.gif)
 
 | | |
 | --- | --- |
@@ -119,8 +119,10 @@ def facts(folder, name=None):
     policy, config, _ = load_policy(folder)
     metrics = read_metrics(folder)
     report, sampled = (
-        read_json(folder / name, "return_mean", "return_ci95", "landed_rate", "solved_rate")
+        read_json(folder / name, "episodes", "seed", "return_mean", "return_ci95", "landed_rate", "solved_rate")
         for name in ("report.json", "report_sampled.json"))
+    if any((each["episodes"], each["seed"]) != (100, EVALUATION_SEED) for each in (report, sampled)):
+        raise PublishError(f"{folder}: a result is scored over 100 episodes from seed {EVALUATION_SEED} on")
     machine = read_json(folder / "machine.json", "machine", "git_commit")
     solved = reached(metrics)
     return {
@@ -144,19 +146,25 @@ def publish(run, name):
     shutil.copy(run / "checkpoints" / POLICY_FILE, folder)
     for file in FILES:
         shutil.copy(run / file, folder)
+    return folder
+
+
+def draw(folder):
+    """The pictures of a result: its curves, and a landing of its policy in the first unseen episode."""
     draw_run(folder, folder / "curves.png")
-    videos = sorted((run / "videos").glob("*seed-*.mp4"))  # not those of milestones
-    if videos:
-        shutil.copy(videos[0], folder / "landing.mp4")
-        write_gif(videos[0], folder / "landing.gif")
+    policy, config, _ = load_policy(folder)
+    with VideoRecorder(folder, 1, EVALUATION_SEED, "landing") as recorder:
+        play(policy, config.env, [EVALUATION_SEED], lander_class=RenderedLander, recorder=recorder)
+    if recorder.failure:
+        raise PublishError(f"{folder}: no landing filmed: {recorder.failure}")
+    write_gif(folder / "landing.mp4", folder / "landing.gif")
 
 
 def write_pages():
     """The page of each result, and their table in the README."""
     for report in (HERE / "results").glob("*/report.json"):
         folder = report.parent
-        landing = "![a landing](landing.gif)" if (folder / "landing.gif").exists() else ""
-        (folder / "README.md").write_text(CARD.format(landing=landing, **facts(folder)))
+        (folder / "README.md").write_text(CARD.format(**facts(folder)))
     readme = HERE / "README.md"
     before, _, rest = readme.read_text().partition(BEGIN)
     if END not in rest:
@@ -187,7 +195,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         if args.run:
-            publish(args.run, args.name or Path(args.run).name)
+            folders = [publish(args.run, args.name or Path(args.run).name)]
+        else:
+            folders = [report.parent for report in (HERE / "results").glob("*/report.json")]
+        for folder in folders:
+            draw(folder)
         write_pages()
     except (CheckpointError, ConfigError, PlotError, PublishError, OSError) as error:
         sys.exit(f"publish.py: {error}")

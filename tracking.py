@@ -29,7 +29,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
-PACKAGES = ("torch", "gymnasium", "box2d", "pygame-ce", "opencv-python-headless", "numpy", "mlflow")
+PACKAGES = ("torch", "torchvision", "gymnasium", "box2d", "pygame-ce", "opencv-python-headless", "numpy", "mlflow")
 
 
 class TrackingError(Exception):
@@ -39,8 +39,11 @@ class TrackingError(Exception):
 def machine_tags(threads):
     """Git commit, package versions, machine and threads: what a run's numbers may depend on besides its config."""
     here = Path(__file__).parent
-    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    tags = {"git_commit": git.stdout.strip() or "unknown", "python": platform.python_version()}
+    commit = ""
+    with suppress(OSError):  # no git on this machine
+        git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+        commit = git.stdout.strip()
+    tags = {"git_commit": commit or "unknown", "python": platform.python_version()}
     tags |= {f"version.{package}": version(package) for package in PACKAGES}
     cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
     machine = f"{platform.system()} {platform.machine()}, {cpu}, {os.cpu_count()} cores"

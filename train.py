@@ -559,9 +559,9 @@ def train(trainer, tracker, watch):
                 continue
             except FloatingPointError as error:
                 raise TrainingError(
-                    f"update {counters['updates'] + 1}: {error}; stopped before the optimizer or a checkpoint took it. "
-                    f"Go on from the last good checkpoint: {launcher(trainer.world.size)} train.py --resume "
-                    f"{trainer.folder}") from None
+                    f"update {counters['updates'] + 1}: {error}; stopped before a checkpoint took it, those in "
+                    f"{trainer.folder}/checkpoints are good. Resuming would come to the same; a new run with a smaller "
+                    "ppo.learning_rate or ppo.max_grad_norm usually helps") from None
             try:
                 trainer.select(metrics)
             except OSError as error:
@@ -625,7 +625,7 @@ def finish(trainer, tracker):
     settings = config.evaluation
     if not settings.episodes:
         return
-    policy, _, _ = load_policy(folder)
+    policy = load_policy(folder)[0].to(trainer.device)
     for sample, name, videos in ((False, "report.json", settings.videos), (True, "report_sampled.json", 0)):
         report = evaluate(
             policy, config, folder, folder, settings.episodes, videos=videos, sample=sample, report_name=name,

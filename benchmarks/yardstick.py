@@ -1,6 +1,6 @@
 """What the same PPO reaches on the state vector: how much of the task is control, and what is the price of seeing.
 
-    python benchmarks/yardstick.py --config configs/cnn.yaml [run.seed=1] [ppo.total_frames=2_000_000]
+    python benchmarks/yardstick.py --config configs/cnn.yaml [run.seed=1] [ppo.gamma=0.995]
 
 A measure to hold results against, never a way to train one: the state vector is what the policies here must do without.
 train.py's own collect, compute_advantages, update and schedule run on eight numbers in place of frames, with two small
@@ -146,8 +146,10 @@ def train(config, folder):
         recent.extend(stats["episodes"])
         return_mean = float(np.mean([episode[0] for episode in recent])) if recent else float("nan")
         late |= ppo.late_return is not None and len(recent) == recent.maxlen and return_mean >= ppo.late_return
+        landed = [episode[2] == OUTCOMES.index("rest") for episode in recent]
         metrics.append(
-            {"frames": frames, "rollout/return_mean": return_mean, "speed/total_seconds": time.time() - start}
+            {"frames": frames, "rollout/return_mean": return_mean, "rollout/landed_rate": float(np.mean(landed or [0])),
+             "speed/total_seconds": time.time() - start, "eval/return_mean": float("nan")}
             | {f"update/{key}": value for key, value in learned.items()})
     envs.close()
     return policy

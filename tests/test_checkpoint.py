@@ -14,10 +14,10 @@ from checkpoint import (
     load_checkpoint,
     load_policy,
     newest_run,
+    policy_bytes,
     read_checkpoint,
     save_checkpoint,
     save_config,
-    save_policy,
 )
 from config import Config, ConfigError
 from runs import no_room
@@ -121,7 +121,7 @@ def test_policy_file_reads_back_and_notices_damage(tmp_path):
     policy = build_policy(config)
     policy.eye.direction.copy_(torch.tensor([0.1, 0.2, 0.3]))
     file = tmp_path / "policy.safetensors"
-    save_policy(file, policy, config, 123)
+    file.write_bytes(policy_bytes(policy, config, 123))
     loaded, loaded_config, path = load_policy(tmp_path)
     assert (loaded_config, path) == (config, file)
     for key, tensor in policy.state_dict().items():

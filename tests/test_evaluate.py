@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import evaluate
-from checkpoint import build_policy, load_policy, save_policy
+from checkpoint import build_policy, load_policy, policy_bytes
 from config import Config
 from envs import ENV_ID, FrameStack, Lander, RenderedLander, shrink
 from runs import no_room
@@ -23,7 +23,7 @@ def policy_file(tmp_path_factory):
     policy.eye.direction.copy_(torch.tensor([0.33, -0.81, 0.48]))
     torch.nn.init.normal_(policy.actor.weight)  # so that actions differ
     folder.mkdir()
-    save_policy(folder / "policy.safetensors", policy, config, 0)
+    (folder / "policy.safetensors").write_bytes(policy_bytes(policy, config, 0))
     return folder.parent
 
 

@@ -7,6 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
+import models
 from config import ConfigError, check_config, load_config
 from envs import Lander, shrink
 from models import POLICIES, Glimpse, Policy, TemporalResNet, WeightsError, make_policy
@@ -321,19 +322,10 @@ def test_shipped_configs_build_their_policy(path):
 
 
 def test_a_new_policy_takes_one_class_and_one_line(monkeypatch, frames):
-    class Mean(Policy):
-        class Options(Policy.Options):
-            name: str = "mean"
-
-        def __init__(self, *args):
-            super().__init__(*args)
-            self.make_heads(2)
-
-        def forward(self, seen, stacks):
-            places = self.places(seen, stacks, self.mirrored(seen, stacks))
-            return self.decide(places.mean(1)[:, :2], self.mirrored(seen, stacks))
-
-    monkeypatch.setitem(POLICIES, "mean", Mean)
+    code = (Path(__file__).parent.parent / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names = vars(models).copy()
+    exec(compile(code, "README.md", "exec"), names)
+    monkeypatch.setitem(POLICIES, "mean", names["Mean"])
     config = check_config({"model": {"name": "mean"}})
     policy = make_policy(config.model, **SHAPE)
     policy.calibrate(frames)

@@ -59,12 +59,10 @@ def test_code_on_the_result_page_runs(folder, monkeypatch, capsys):
 def test_publishing_a_run_makes_its_page(tmp_path, monkeypatch):
     run, here = tmp_path / "runs" / "x", tmp_path / "product"
     (run / "checkpoints").mkdir(parents=True)
-    (run / "videos").mkdir()
     source = ROOT / "results" / "cnn"
     for name in publish.FILES:
         shutil.copy(source / name, run)
     shutil.copy(source / "policy.safetensors", run / "checkpoints")
-    shutil.copy(source / "landing.mp4", run / "videos" / "seed-1000000.mp4")
     (here / "results").mkdir(parents=True)
     (here / "README.md").write_text(f"before\n{publish.BEGIN}\nold\n{publish.END}\nafter\n")
     monkeypatch.setattr(publish, "HERE", here)
@@ -75,13 +73,17 @@ def test_publishing_a_run_makes_its_page(tmp_path, monkeypatch):
     assert readme.endswith("after\n")
     assert "old" not in readme
     assert "[cnn](results/cnn)" in readme
+    made = {path.name: path.stat().st_size for path in (here / "results" / "cnn").iterdir()}
+    assert min(made[name] for name in ("curves.png", "landing.gif", "landing.mp4")) > 10_000  # bytes
 
 
 @pytest.mark.parametrize(("damage", "message"), [
     (lambda run: shutil.rmtree(run / "checkpoints"), "no policy.safetensors there"),
     (lambda run: (run / "report.json").unlink(), "No such file"),
     (lambda run: (run / "report.json").write_text("{"), "not JSON"),
-    (lambda run: (run / "report_sampled.json").write_text("{}"), "report_sampled.json: lacks some of return_mean"),
+    (lambda run: (run / "report_sampled.json").write_text("{}"), "report_sampled.json: lacks some of episodes"),
+    (lambda run: (run / "report.json").write_text((run / "report.json").read_text().replace("100,", "10,", 1)),
+     "scored over 100 episodes"),
     (lambda run: (run / "metrics.csv").write_text("frames\n"), "not the metrics of a run"),
 ])
 def test_run_that_cannot_be_published_is_one_line_and_replaces_nothing(damage, message, tmp_path, monkeypatch):
