@@ -7,7 +7,7 @@ import pytest
 
 from config import load_config
 from runs import no_room
-from tracking import Metrics, Outlet, Tracker, TrackingError
+from tracking import Metrics, Outlet, Tracker, TrackingError, machine_tags
 
 HEADER = "frames,update/entropy\n"
 
@@ -69,6 +69,11 @@ def test_messages_that_nobody_takes_do_no_harm():
             print("a message", file=outlet, flush=True)
     outlet = Outlet(None)  # closed by the shell
     print("a message", file=outlet, flush=True)
+
+
+def test_a_machine_without_git_trains_too(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert machine_tags(2)["git_commit"] == "unknown"
 
 
 def settings(uri):
