@@ -24,7 +24,8 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch import nn
 
-from config import ConfigError, load_config, save_config
+from checkpoint import save_config
+from config import ConfigError, load_config
 from envs import ENV_ID, EVALUATION_SEED, OUTCOMES, TRAINING_SEEDS, LanderVectorEnv
 from evaluate import print_report, summarize
 from models import orthogonal
