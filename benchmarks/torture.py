@@ -48,6 +48,8 @@ def lives(folder, how, kills, dice, arguments):
             time.sleep(0.02)
         time.sleep(dice.uniform(0, 1.0))
         if process.poll() is not None:
+            if how == "disk":
+                continue  # if it ended for want of room, the next life begins
             break
         children = psutil.Process(process.pid).children(recursive=True)
         if how == "worker":
