@@ -558,8 +558,9 @@ def train(trainer, tracker, watch):
                 progress.say(f"{error}; going on with new workers, which repeat this rollout")
                 continue
             except FloatingPointError as error:
+                taker = "a checkpoint" if "weights" in str(error) else "the optimizer or a checkpoint"
                 raise TrainingError(
-                    f"update {counters['updates'] + 1}: {error}; stopped before a checkpoint took it, those in "
+                    f"update {counters['updates'] + 1}: {error}; stopped before {taker} took it, those in "
                     f"{trainer.folder}/checkpoints are good. Resuming would come to the same; a new run with a smaller "
                     "ppo.learning_rate or ppo.max_grad_norm usually helps") from None
             try:
