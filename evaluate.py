@@ -39,8 +39,7 @@ MAX_LANDERS = 50  # episodes played side by side; bounds memory
 
 
 @torch.no_grad()
-def play(policy, env_config, seeds, sample_seed=None, lander_class=Lander, recorder=None,
-         progress=None):
+def play(policy, env_config, seeds, sample_seed=None, lander_class=Lander, recorder=None, progress=None):
     """Play one episode per seed, many side by side so that the policy sees them as one batch.
 
     Greedy, or, with sample_seed, actions sampled from generators seeded with (sample_seed, episode's seed).

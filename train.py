@@ -122,7 +122,7 @@ def collect(envs, policy, rollout, frames, reward_scale, autocast):
         logits, value = decide(t)
         log_probs = logits.log_softmax(-1)
         if not torch.isfinite(log_probs.sum() + value.sum()):
-            raise FloatingPointError("the policy's logits or values are not finite")
+            raise FloatingPointError("the policy's logits or values are not finite; stopped before the optimizer")
         action = torch.multinomial(log_probs.exp(), 1)  # (N, 1)
         rollout.actions[t] = action[:, 0]
         rollout.log_probs[t] = log_probs.gather(1, action)[:, 0]
@@ -131,7 +131,7 @@ def collect(envs, policy, rollout, frames, reward_scale, autocast):
         batch = envs.step(action.view(envs.num_envs, -1).cpu().numpy())
         observations, rewards, terminated, truncated, info = batch
         if not np.isfinite(rewards).all():
-            raise FloatingPointError("a reward is not finite")
+            raise FloatingPointError("a reward is not finite; stopped before the optimizer")
         frames = torch.from_numpy(observations.reshape(frames.shape))
         look(stack + t, frames.chunk(stack, dim=1)[-1])
         rollout.rewards[t] = torch.from_numpy(rewards.reshape(num_envs)).to(rollout.rewards) * reward_scale
@@ -241,7 +241,8 @@ def update(policy, optimizer, rollout, advantages, returns, ppo, entropy_coef, a
             loss.backward()
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(parameters, ppo.max_grad_norm).detach()
             if not torch.isfinite(metrics["grad_norm"] + loss):
-                raise FloatingPointError(f"loss {loss.item()}, gradient norm {metrics['grad_norm'].item()}")
+                raise FloatingPointError(
+                    f"loss {loss.item()}, gradient norm {metrics['grad_norm'].item()}; stopped before the optimizer")
             optimizer.step()
             count += 1
             epoch_kl += float(metrics["approx_kl"]) / ppo.num_minibatches
@@ -250,7 +251,7 @@ def update(policy, optimizer, rollout, advantages, returns, ppo, entropy_coef, a
         if ppo.target_kl is not None and world.mean(epoch_kl) > ppo.target_kl:
             break
     if not all(torch.isfinite(tensor).all() for tensor in policy.state_dict().values()):
-        raise FloatingPointError("the weights are not finite")
+        raise FloatingPointError("the weights are not finite; stopped after the optimizer")
     means = {key: world.mean(total / count) for key, total in sums.items()}
     values, returns = world.join_tensors(rollout.values), world.join_tensors(returns)
     return means | {"explained_variance": explained_variance(values, returns)}
@@ -558,9 +559,8 @@ def train(trainer, tracker, watch):
                 progress.say(f"{error}; going on with new workers, which repeat this rollout")
                 continue
             except FloatingPointError as error:
-                taker = "a checkpoint" if "weights" in str(error) else "the optimizer or a checkpoint"
                 raise TrainingError(
-                    f"update {counters['updates'] + 1}: {error}; stopped before {taker} took it, those in "
+                    f"update {counters['updates'] + 1}: {error} and before a checkpoint took it, those in "
                     f"{trainer.folder}/checkpoints are good. Resuming would come to the same; a new run with a smaller "
                     "ppo.learning_rate or ppo.max_grad_norm usually helps") from None
             try:
