@@ -22,7 +22,7 @@ import signal
 import sys
 import tempfile
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import forkserver, resource_tracker
 
@@ -550,6 +550,20 @@ def _kill(processes):
         process.join(timeout=5)
 
 
+def _spread(processes):
+    """Give each worker a core of its own, where they share the cores evenly.
+
+    Left to itself, the kernel often wakes two workers on the same core and moves one of them a millisecond too late.
+    """
+    if not hasattr(os, "sched_getaffinity"):  # Linux has it
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    if len(processes) % len(cores) == 0:
+        for i, process in enumerate(processes):
+            with suppress(OSError):  # it has died, which its next step will tell
+                os.sched_setaffinity(process.pid, {cores[i % len(cores)]})
+
+
 def _check_shared_memory(size):
     """multiprocessing maps a file; where it does not fit, the first write to it ends the process without a word."""
     folders = [folder for folder in ("/dev/shm", tempfile.gettempdir()) if os.path.isdir(folder)]
@@ -584,4 +598,6 @@ def make_vector_env(num_envs, num_workers, seed=0, frame_skip=4, frame_stack=4, 
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     # copy=False: the caller copies each batch into its rollout at once. forkserver: forking a process whose libraries
     # have started threads can hang.
-    return LanderVectorEnv(groups, copy=False, context="forkserver", autoreset_mode=AutoresetMode.DISABLED)
+    envs = LanderVectorEnv(groups, copy=False, context="forkserver", autoreset_mode=AutoresetMode.DISABLED)
+    _spread(envs.processes)
+    return envs

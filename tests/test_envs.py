@@ -216,6 +216,28 @@ def pair():
     assert not any(process.is_alive() for process in envs.processes)
 
 
+@pytest.fixture
+def two_cores():
+    """This process on at most two cores, and which they are."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(allowed)[:2])
+    yield sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, allowed)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_workers_have_cores_of_their_own_where_they_share_them_evenly(workers, two_cores):
+    envs = make_vector_env(num_envs=workers, num_workers=workers, **SETTINGS)
+    try:
+        cores = [os.sched_getaffinity(process.pid) for process in envs.processes]
+        if workers % len(two_cores) == 0:
+            assert cores == [{two_cores[i % len(two_cores)]} for i in range(workers)]
+        else:
+            assert all(len(chosen) > 1 for chosen in cores)
+    finally:
+        envs.close()
+
+
 NOTHING = np.zeros((2, 2), int)
 
 
