@@ -24,6 +24,7 @@ import tempfile
 import threading
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import islice
 from multiprocessing import forkserver, resource_tracker
 
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
@@ -167,6 +168,29 @@ class LeanLunarLander(LunarLander):
         return None, reward, False, False, {}
 
 
+def outlines(landers):
+    """Corners of body and legs of LunarLanders, in pixels: per lander and body a list of (x, y).
+
+    What `transform * vertex * SCALE` gives, in float32 and in Box2D's order of operations, but for all landers at once:
+    to ask Box2D for one corner after the other takes longer than to draw them.
+    """
+    shapes = [body.fixtures[0].shape.vertices for body in landers[0].drawlist]  # all landers are alike
+    vertex_x, vertex_y = np.concatenate(shapes).astype(np.float32).T
+    poses = []
+    for lander in landers:
+        for body in lander.drawlist:
+            transform = body.transform
+            turn = transform.q
+            poses.append((turn.c, turn.s, *transform.position.tuple))
+    owners = [i for i, shape in enumerate(shapes) for _ in shape]
+    poses = np.array(poses, np.float32).reshape(len(landers), len(shapes), 4)[:, owners]
+    cos, sin, x, y = poses.transpose(2, 0, 1)  # (landers, vertices)
+    xs = (cos * vertex_x - sin * vertex_y + x) * SCALE
+    ys = (sin * vertex_x + cos * vertex_y + y) * SCALE
+    corners = (zip(*row, strict=True) for row in zip(xs.tolist(), ys.tolist(), strict=True))
+    return [[list(islice(row, len(shape))) for shape in shapes] for row in corners]
+
+
 class Camera:
     """Draws a LunarLander small, repainting only the rectangle where something moves.
 
@@ -207,19 +231,14 @@ class Camera:
         size = VIEWPORT_W // self.factor, half // self.factor
         small = cv2.resize(self.background[:half], size, interpolation=cv2.INTER_AREA)
         self.bare[:, half // self.factor :] = small[::-1]
-        self.shapes = [(body, body.fixtures[0].shape.vertices) for body in lander.drawlist]
         rects = [pygame.Rect(int(x) - 1, int(self.flag_y) - 1, 29, 54) for x in self.flag_x]
         self.flag_rects = [self._whole_pixels(rect) for rect in rects]
         left, right = rects
         self.cloth = self._whole_pixels(pygame.Rect(left.left, left.top + 38, right.right - left.left, 16))
         self.small_cloth = {}  # number of objects -> small pixels of `cloth`
 
-    def frame(self, lander):
-        """The small frame of this instant, a new uint8 (C, H, W) array."""
-        outlines = []
-        for body, vertices in self.shapes:
-            transform = body.transform
-            outlines.append([(transform * vertex * SCALE).tuple for vertex in vertices])
+    def frame(self, lander, outlines):
+        """The small frame of this instant, a new uint8 (C, H, W) array; `outlines` are those of lander.drawlist."""
         radius = 2  # pixels; the renderer's particles are circles of 2 / SCALE metres
         centers = [(particle.position * SCALE).tuple for particle in lander.particles]
 
@@ -242,7 +261,7 @@ class Camera:
             pygame.draw.circle(self.canvas, (red, other, other), center, radius)
             if flags:
                 self._draw_flags()
-        for (body, _), outline in zip(self.shapes, outlines, strict=True):
+        for body, outline in zip(lander.drawlist, outlines, strict=True):
             pygame.draw.polygon(self.canvas, body.color1, outline)
             gfxdraw.aapolygon(self.canvas, outline, body.color1)
             pygame.draw.aalines(self.canvas, body.color2, True, outline)
@@ -319,6 +338,11 @@ class Lander:
 
         Returns the stack, uint8 (K, H, W), the sum of rewards, terminated, truncated.
         """
+        ended = self.play(action)
+        return self.look(), *ended
+
+    def play(self, action):
+        """`step` unseen: the sum of rewards, terminated, truncated."""
         assert 0 <= action < NUM_ACTIONS, action
         reward = 0.0
         self.actions.append(action)
@@ -331,7 +355,11 @@ class Lander:
                 break
         self.episode_return += reward
         # A state that ends the episode is never bootstrapped: an episode is one or the other.
-        return self.stack.push(self.picture()), reward, terminated, truncated and not terminated
+        return reward, terminated, truncated and not terminated
+
+    def look(self, *outline):
+        """The stack, uint8 (K, H, W), of what is seen now; for its `outline`, see `picture`."""
+        return self.stack.push(self.picture(*outline))
 
     def make_env(self):
         return gym.wrappers.TimeLimit(LeanLunarLander(), gym.spec(ENV_ID).max_episode_steps)
@@ -345,8 +373,9 @@ class Lander:
             particle.ttl -= PARTICLE_AGEING
         self.lander._clean_particles(False)
 
-    def picture(self):
-        return self.camera.frame(self.lander)
+    def picture(self, outline=None):
+        """The small frame of now; `outline`, if it is known already, is that of `outlines`."""
+        return self.camera.frame(self.lander, outline or outlines([self.lander])[0])
 
     def outcome(self):
         """How the episode just ended: an index into OUTCOMES. For reports only; no policy sees it."""
@@ -452,8 +481,12 @@ class LanderGroup(gym.Env):
         env_frames, info = np.zeros(m, np.int64), {}
         for i, lander in enumerate(self.landers):
             length = lander.episode_length
-            self.frames[i], rewards[i], terminated[i], truncated[i] = lander.step(int(actions[i]))
+            rewards[i], terminated[i], truncated[i] = lander.play(int(actions[i]))
             env_frames[i] = lander.episode_length - length
+        # Drawing all of them after playing all of them keeps each part's code in the processor's cache.
+        seen = outlines([lander.lander for lander in self.landers])
+        for i, lander in enumerate(self.landers):
+            self.frames[i] = lander.look(seen[i])
             if terminated[i] or truncated[i]:
                 if "episode_return" not in info:
                     info = {key: np.zeros(m) for key in ("episode_return", "episode_length", "episode_outcome")}
