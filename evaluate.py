@@ -31,7 +31,7 @@ from tqdm import tqdm
 from checkpoint import CheckpointError, load_policy, newest_run, write_atomically
 from config import ConfigError
 from envs import EVALUATION_SEED, OUTCOMES, VIEWPORT_H, VIEWPORT_W, Lander, RenderedLander
-from tracking import Outlet
+from tracking import Outlet, first_line
 
 FPS = 50  # physics steps, and so rendered frames, per second of lander time
 SOLVED = 200  # return from which gymnasium calls an episode a solution
@@ -237,17 +237,13 @@ class VideoRecorder:
         except Exception as error:
             self.films.pop(index, None)
             if not self.panel_failure:
-                print(f"no panel: {_reason(error)}; scores are not affected", file=sys.stderr)
+                print(f"no panel: {first_line(error)}; scores are not affected", file=sys.stderr)
             self.panel_failure = error
 
     def _fail(self, error):
         if not self.failure:
             self.failure = error
-            print(f"no videos: the encoder failed ({_reason(error)}); scores are not affected", file=sys.stderr)
-
-
-def _reason(error):
-    return (str(error) or type(error).__name__).splitlines()[0]
+            print(f"no videos: the encoder failed ({first_line(error)}); scores are not affected", file=sys.stderr)
 
 
 class PanelFilm:

@@ -25,7 +25,7 @@ from config import Config, ConfigError, load_config
 from plot import SOLVED, PlotError, reached, read_metrics
 from run_folder import RESUMABLE
 from signals import Interrupted, SignalWatch
-from tracking import TrackingError
+from tracking import TrackingError, first_line
 
 TRAIN = Path(__file__).parent / "train.py"
 
@@ -107,15 +107,14 @@ def open_parent(settings, name):
         tags = {"sweep": name, "mlflow.runName": name, "mlflow.source.name": "sweep.py"}
         return client, client.create_run(experiment, tags=tags).info.run_id
     except Exception as error:  # whatever the store raises, the user needs one line of it
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise TrackingError(f"MLflow store {settings.uri} cannot be used: {reason}") from error
+        raise TrackingError(f"MLflow store {settings.uri} cannot be used: {first_line(error)}") from error
 
 
 def close_parent(client, parent, status):
     try:
         client.set_terminated(parent, status)
     except Exception as error:  # trouble with records is no reason to withhold the summary
-        print(f"MLflow: {(str(error).strip() or type(error).__name__).splitlines()[0]}", file=sys.stderr)
+        print(f"MLflow: {first_line(error)}", file=sys.stderr)
 
 
 def run_all(jobs, at_once, parent, watch):

@@ -57,7 +57,8 @@ def _lines(path):
         return []
 
 
-def _first_line(error):
+def first_line(error):
+    """What a user is told of an exception."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -167,7 +168,7 @@ class Sender(threading.Thread):
                 self.client.log_batch(self.run_id, [metric for row in rows for metric in row])
             except Exception as error:  # whatever the store raises, training must not notice
                 if not self.trouble:
-                    print(f"MLflow: {_first_line(error)}; training goes on, and metrics are kept to be sent later",
+                    print(f"MLflow: {first_line(error)}; training goes on, and metrics are kept to be sent later",
                           file=sys.stderr)
                 self.trouble = error
                 return False
@@ -188,7 +189,7 @@ class Sender(threading.Thread):
                         self.run_id, str(path), folder)
             except Exception as error:
                 if not self.file_trouble:
-                    print(f"MLflow: {path.name}: {_first_line(error)}; training goes on", file=sys.stderr)
+                    print(f"MLflow: {path.name}: {first_line(error)}; training goes on", file=sys.stderr)
                 self.file_trouble = error
                 return False
             self.files.popleft()
@@ -264,7 +265,7 @@ class Tracker:
             self._fill_gap()
         except Exception as error:  # whatever the store raises, the user needs one line of it
             raise TrackingError(
-                f"MLflow store {self.settings.uri} cannot be used: {_first_line(error)}; tracking.mlflow=false trains "
+                f"MLflow store {self.settings.uri} cannot be used: {first_line(error)}; tracking.mlflow=false trains "
                 "without it") from error
         self.sender.start()
 
@@ -285,7 +286,7 @@ class Tracker:
                 self.client.update_run(self.run_id, status="RUNNING")
                 return True
         except Exception as error:
-            print(f"MLflow: {_first_line(error)}", file=sys.stderr)
+            print(f"MLflow: {first_line(error)}", file=sys.stderr)
         print(f"MLflow run {self.run_id} is gone; a new one takes its place", file=sys.stderr)
         return False
 
@@ -314,7 +315,7 @@ class Tracker:
             call(*args)
         except Exception as error:
             if what not in self.told:
-                print(f"{what}: {_first_line(error)}; training goes on", file=sys.stderr)
+                print(f"{what}: {first_line(error)}; training goes on", file=sys.stderr)
             self.told.add(what)
 
     def __enter__(self):

@@ -9,13 +9,13 @@ backward pass over minibatches of 256 decisions on all threads, of which an upda
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import torch
+from breakdown import rate
 
 from checkpoint import build_policy
 from config import load_config
@@ -35,15 +35,6 @@ def random_play(config):
         frames.append(envs.step(rng.integers(NUM_ACTIONS, size=envs.action_space.shape))[0].copy())
     envs.close()
     return torch.from_numpy(np.stack(frames)).flatten(1, 2)
-
-
-def rate(work, decisions, seconds):
-    work()
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        work()
-        count += decisions
-    return count / (time.perf_counter() - start)
 
 
 def measure(path, seconds):
@@ -73,13 +64,13 @@ def measure(path, seconds):
 
     operations = multiply_adds(policy, *frames.shape[-2:])
     policy.train()
-    learned = rate(learn, MINIBATCH, seconds)
+    learned = MINIBATCH * rate(learn, seconds)
     policy.eval()
     torch.set_num_threads(1)
     with torch.no_grad():
         for step in range(DECISIONS - stack):  # fill the memory of embeddings
             choose(step)
-        chosen = rate(lambda: choose(DECISIONS - stack), LANDERS, seconds)
+        chosen = LANDERS * rate(lambda: choose(DECISIONS - stack), seconds)
     return sum(p.numel() for p in policy.parameters()), operations, chosen, learned
 
 
