@@ -13,6 +13,7 @@ import io
 import json
 import os
 import pickle
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -112,7 +113,7 @@ def policy_bytes(policy, config, env_frames):
     """Weights for sharing: safetensors, with config and the frames it was trained for in the metadata."""
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in policy.state_dict().items()}
     metadata = {"config": json.dumps(config.model_dump(mode="json")), "env_frames": str(env_frames)}
-    metadata["sha256"] = _digest(tensors)  # safetensors itself does not notice a flipped bit
+    metadata["sha256"] = _digest(tensors, metadata)  # safetensors itself does not notice a flipped bit
     return safetensors_bytes(tensors, metadata)
 
 
@@ -128,6 +129,8 @@ def load_policy(path):
         raise CheckpointError(f"{path}: no {POLICY_FILE} there{_alternatives(path, f'**/{POLICY_FILE}')}")
     if file.suffix == ".ckpt":
         state = read_checkpoint(file)
+        if not (isinstance(state, dict) and {"config", "policy"} <= state.keys()):
+            raise CheckpointError(f"{file}: holds no policy")
         settings, weights = state["config"], state["policy"]
     else:
         settings, weights = _read_policy(file)
@@ -148,12 +151,19 @@ def _read_policy(file):
         raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from None
     if "config" not in metadata:
         raise CheckpointError(f"{file}: has no config in its metadata, so it is not a policy of this program")
-    if metadata.get("sha256") != _digest(weights):
+    if metadata.pop("sha256", None) != _digest(weights, metadata):
         raise CheckpointError(f"{file}: damaged (its SHA-256 does not match)")
     try:
         return json.loads(metadata["config"]), weights
     except ValueError as error:
         raise CheckpointError(f"{file}: the config in its metadata is not JSON ({error})") from None
+
+
+def trained_frames(file):
+    """For how many frames the policy in a safetensors file was trained; 0 if it cannot be told."""
+    with suppress(SafetensorError, OSError, KeyError, ValueError), safe_open(file, framework="pt") as tensors:
+        return int((tensors.metadata() or {})["env_frames"])
+    return 0
 
 
 def load_weights(policy, weights, file):
@@ -172,10 +182,11 @@ def build_policy(config):
     return make_policy(config.model, env.frame_stack, frame_planes(env.color), height, width)
 
 
-def _digest(tensors):
-    digest = hashlib.sha256()
+def _digest(tensors, metadata):
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for key in sorted(tensors):
-        digest.update(key.encode() + tensors[key].numpy().tobytes())
+        tensor = tensors[key]
+        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode() + tensor.numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -58,13 +58,14 @@ class Env(Section):
     num_workers: Positive = Field(2, description="processes that play them; divides num_envs")
     frame_skip: int = Field(4, ge=1, le=50, description="physics steps (1/50 s) per decision")
     frame_stack: int = Field(4, ge=1, le=64, description="frames the policy sees, one per decision")
-    shrink_factor: Positive = Field(4, description="600x400 pixels divided by this; divides 200")
+    shrink_factor: Positive = Field(4, description="600x400 pixels divided by this; divides 200, 25 at most")
     color: bool = Field(True, description="red, green and blue planes; false: gray")
 
     @field_validator("shrink_factor")
     @classmethod
     def _divides(cls, value):
-        allowed = [f for f in range(1, 51) if all(side % f == 0 for side in VIEWPORT)]
+        # At least 16 rows are left to see; three convolutions need as many.
+        allowed = [f for f in range(1, 26) if all(side % f == 0 for side in VIEWPORT)]
         if value not in allowed:
             raise PydanticCustomError("divides", "must be one of " + ", ".join(map(str, allowed)))
         return value
@@ -142,7 +143,13 @@ class Config(Section):
         name = value.get("name", "cnn")
         if not isinstance(name, str) or name not in POLICIES:
             raise PydanticCustomError("model", f"model.name={name!r} must be one of {', '.join(POLICIES)}")
-        return POLICIES[name].Options(**value)
+        options = POLICIES[name].Options
+        switches = {key for key, field in options.model_fields.items() if field.annotation is bool}
+        for key in options.model_fields.keys() & value.keys() - switches:
+            if isinstance(value[key], bool):
+                raise PydanticCustomError(
+                    "model", f"model.{key}={value[key]!r}: must be a number or text, not true or false")
+        return options(**value)
 
     @model_validator(mode="after")
     def _even_minibatches(self):
@@ -214,7 +221,9 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^([-+]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    re.compile(
+        r"^([-+]?([0-9][0-9_]*\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
     list("-+0123456789."))
 
 
@@ -278,7 +287,8 @@ def check_config(tree, source="config"):
     if error["type"] == "extra_forbidden":
         close = difflib.get_close_matches(key, known_keys(tree), 1, 0)
         raise ConfigError(f"{source}: unknown key {key}; did you mean {close[0]}?")
-    message = error["msg"][0].lower() + error["msg"][1:]
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
     raise ConfigError(f"{source}: {key}={error['input']!r}: {message}")
 
 

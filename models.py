@@ -28,6 +28,10 @@ class WeightsError(Exception):
     """Pretrained weights that cannot be had; one line."""
 
 
+class CalibrationError(Exception):
+    """Frames that show nothing to learn to look at; one line."""
+
+
 def orthogonal(layer, gain=2**0.5):
     """Orthogonal weights and zero bias, returned (Andrychowicz et al. 2021, arXiv:2006.05990, sec. 3.2)."""
     nn.init.orthogonal_(layer.weight, gain)
@@ -61,13 +65,15 @@ class Glimpse(nn.Module):
         """Fisher's linear discriminant (1936) between pixels that changed and all pixels.
 
         before, after: uint8 (B, 3, H, W), frames a moment apart. A pixel changed if any of its colours moved by more
-        than `threshold` of their range. Raises ValueError if none did.
+        than `threshold` of their range. Raises CalibrationError if none did.
         """
         before, after = before.float() / 255, after.float() / 255
         moved = (after - before).abs().amax(1).flatten() > threshold  # (B * H * W,)
         pixels = after.permute(0, 2, 3, 1).reshape(-1, 3).double()
         if not moved.any():
-            raise ValueError("nothing moves in these frames, so there is nothing to learn to look at")
+            raise CalibrationError(
+                "nothing moves in the first frames of random play, so there is nothing to learn to look at; a larger "
+                "env.num_envs or env.frame_skip, or a smaller env.shrink_factor, shows more")
         covariance = torch.cov(pixels.T) + 1e-4 * torch.eye(3, dtype=torch.float64, device=pixels.device)
         direction = torch.linalg.solve(covariance, pixels[moved].mean(0) - pixels.mean(0))
         self.direction.copy_(direction / direction.norm())
@@ -388,9 +394,10 @@ class TemporalResNet(Temporal):
             source = known[options.weights].url
             try:
                 state = known[options.weights].get_state_dict(progress=False, check_hash=True)
-            except OSError as error:
+            except Exception as error:  # torch raises what it likes for a broken download
+                reason = str(error).partition("\n")[0]
                 raise WeightsError(
-                    f"model.weights={options.weights}: {source} cannot be had ({error}); download it elsewhere and "
+                    f"model.weights={options.weights}: {source} cannot be had ({reason}); download it elsewhere and "
                     "give the file as model.weights=FILE, or train without: model.weights=none") from None
         wanted = {"conv1": "stem.0", "bn1": "stem.1"}  # torchvision's names -> ours
         renamed = {}
@@ -452,7 +459,15 @@ class Transformer(Temporal):
         name: Literal["transformer"] = Field("transformer", description="which policy: a name in POLICIES")
         patch: Literal[4, 8, 16] = Field(8, description="side in pixels of the square that makes one token")
         spatial_layers: int = Field(2, ge=1, description="Transformer layers over a picture's patches")
-        spatial_width: int = Field(64, ge=1, description="size of a patch's token; a multiple of heads")
+        spatial_width: int = Field(
+            64, ge=1, validate_default=True, description="size of a patch's token; a multiple of heads")
+
+        @field_validator("spatial_width")
+        @classmethod
+        def _divisible(cls, value, info):
+            if value % info.data.get("heads", value):
+                raise ValueError(f"must be a multiple of heads={info.data['heads']}")
+            return value
 
     def __init__(self, options, stack, planes, height, width, num_actions=4):
         super().__init__(options, stack, planes, height, width, num_actions)

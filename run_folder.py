@@ -7,11 +7,12 @@
 import fcntl
 import itertools
 import os
+import shutil
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-from checkpoint import CheckpointError, load_checkpoint, newest_run, save_config
+from checkpoint import POLICY_FILE, CheckpointError, load_checkpoint, newest_run, save_config, trained_frames
 from config import ConfigError, apply_overrides, check_config, load_config, parse_yaml
 from distributed import launcher
 from tracking import Metrics
@@ -115,10 +116,16 @@ def resume_run(path, overrides, lock, processes=1):
     if is_finished(config, state):
         return config, folder, state
     # Left in their place, newer ones, damaged or not, would be taken for newer than those that are about to be saved.
-    for newer in folder.glob("checkpoints/*.ckpt"):
-        if newer.name > f"{counters['env_frames']:012d}.ckpt":
-            newer.rename(newer.with_suffix(".ckpt.aside"))
-            print(f"{newer} is newer than what this run goes on from; it is put aside as {newer.name}.aside")
+    newer = [file for file in folder.glob("checkpoints/*.ckpt") if file.name > f"{counters['env_frames']:012d}.ckpt"]
+    policy, metrics = folder / "checkpoints" / POLICY_FILE, folder / "metrics.csv"
+    if newer and metrics.exists():
+        shutil.copyfile(metrics, metrics.with_suffix(".csv.aside"))
+    if newer and trained_frames(policy) > counters["env_frames"]:
+        newer.append(policy)
+        counters["best"] = None  # the best of what comes is chosen anew
+    for file in newer:
+        file.rename(f"{file}.aside")
+        print(f"{file} is newer than what this run goes on from; it is put aside as {file.name}.aside")
     there = Metrics(folder / "metrics.csv").drop_after(counters["env_frames"])
     if there < counters["env_frames"]:
         print(f"{folder}/metrics.csv lacks the updates between {there:,} and {counters['env_frames']:,} frames")

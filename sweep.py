@@ -13,6 +13,7 @@ import itertools
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -21,11 +22,12 @@ from pathlib import Path
 
 import numpy as np
 
+from checkpoint import CheckpointError, load_checkpoint
 from config import Config, ConfigError, load_config
 from plot import SOLVED, PlotError, reached, read_metrics
-from run_folder import RESUMABLE
+from run_folder import RESUMABLE, is_finished
 from signals import Interrupted, SignalWatch
-from tracking import TrackingError, first_line
+from tracking import Outlet, TrackingError, connect, first_line, store_error
 
 TRAIN = Path(__file__).parent / "train.py"
 
@@ -42,13 +44,11 @@ class Job:
         return any(self.folder.glob("checkpoints/*.ckpt"))
 
     def done(self):
-        """Trained for all its frames and, where the config asks for it, scored."""
+        """Trained for all its frames and scored, as train.py sees it."""
         try:
-            frames = read_metrics(self.folder)["frames"][-1]
-        except PlotError:
+            return is_finished(self.config, load_checkpoint(self.folder, warn=lambda _: None))
+        except (CheckpointError, KeyError, TypeError):  # nothing that can be gone on with; train.py will tell
             return False
-        scored = not self.config.evaluation.episodes or (self.folder / "report_sampled.json").exists()
-        return frames >= self.config.ppo.total_frames and scored
 
     def check_folder(self):
         """ConfigError if the run that is there is not this one."""
@@ -89,25 +89,24 @@ def plan(source, name, seeds, overrides):
             jobs.append(Job(
                 " ".join(told) or name, Path("runs") / "-".join(parts), source, own, load_config(source, own)))
             jobs[-1].check_folder()
+            if jobs[-1].folder in [job.folder for job in jobs[:-1]]:
+                raise ConfigError(f"{jobs[-1].folder}: two runs of this sweep would have this name")
     return jobs
 
 
 def open_parent(settings, name):
     """(client, run id) of the MLflow run that holds the sweep's runs as its children; a stopped sweep's goes on."""
-    import mlflow
-
+    Path("runs").mkdir(exist_ok=True)
+    client, experiment = connect(settings, "runs")
     try:
-        mlflow.set_tracking_uri(settings.uri)
-        client = mlflow.MlflowClient()
-        experiment = mlflow.set_experiment(settings.experiment).experiment_id
         found = client.search_runs([experiment], f"tags.sweep = '{name}'")
         if found:
             client.update_run(found[0].info.run_id, status="RUNNING")
             return client, found[0].info.run_id
         tags = {"sweep": name, "mlflow.runName": name, "mlflow.source.name": "sweep.py"}
         return client, client.create_run(experiment, tags=tags).info.run_id
-    except Exception as error:  # whatever the store raises, the user needs one line of it
-        raise TrackingError(f"MLflow store {settings.uri} cannot be used: {first_line(error)}") from error
+    except Exception as error:
+        raise store_error(settings, error) from error
 
 
 def close_parent(client, parent, status):
@@ -124,21 +123,23 @@ def run_all(jobs, at_once, parent, watch):
         if job not in waiting:
             print(f"{job.folder}: done before", flush=True)
     watch.patient = True
-    while (waiting or active) and not watch.received:
-        while waiting and len(active) < at_once:
-            job = waiting.pop(0)
-            print(f"{job.folder}: {'goes on' if job.begun() else 'begins'}", flush=True)
-            active[job.start(parent, own_log=at_once > 1)] = job
-        time.sleep(0.1)
-        for process in [process for process in active if process.poll() is not None]:
-            job = active.pop(process)
-            if process.returncode:
-                failed[job.folder] = process.returncode
-                print(f"{job.folder}: ended with {process.returncode}", file=sys.stderr, flush=True)
-    for process in active:
-        process.send_signal(watch.received)
-    for process in active:
-        process.wait()
+    try:
+        while (waiting or active) and not watch.received:
+            while waiting and len(active) < at_once:
+                job = waiting.pop(0)
+                print(f"{job.folder}: {'goes on' if job.begun() else 'begins'}", flush=True)
+                active[job.start(parent, own_log=at_once > 1)] = job
+            time.sleep(0.1)
+            for process in [process for process in active if process.poll() is not None]:
+                job = active.pop(process)
+                if process.returncode:
+                    failed[job.folder] = process.returncode
+                    print(f"{job.folder}: ended with {process.returncode}", file=sys.stderr, flush=True)
+    finally:  # also if one could not be started
+        for process in active:
+            process.send_signal(watch.received or signal.SIGTERM)
+        for process in active:
+            process.wait()
     return failed
 
 
@@ -158,7 +159,7 @@ def summary(jobs):
     for setting, group in itertools.groupby(jobs, key=lambda job: job.setting):
         done = [job for job in group if job.done()]
         hits = [hit for hit in (reached(read_metrics(job.folder)) for job in done) if hit]
-        reports = [job.folder / "report.json" for job in done if job.config.evaluation.episodes]
+        reports = [report for job in done if (report := job.folder / "report.json").exists()]
         lines.append(
             f"| {setting} | {len(done)} | {len(hits)} | {spread([frames / 1e6 for frames, _ in hits], '.2f')} | "
             f"{spread([seconds / 60 for _, seconds in hits], '.1f')} | "
@@ -189,13 +190,19 @@ def main(argv=None):
     try:
         if args.jobs < 1:
             raise ConfigError(f"--jobs {args.jobs}: must be 1 or more")
+        if not seeds:
+            raise ConfigError("--seeds: must name one or more")
         jobs = plan(args.config, name, seeds, overrides)
         tracking, client, parent = jobs[0].config.tracking, None, None
         if tracking.mlflow:
             client, parent = open_parent(tracking, name)
-        failed = run_all(jobs, args.jobs, parent, watch)
-        if client:
-            close_parent(client, parent, "KILLED" if watch.received else "FAILED" if failed else "FINISHED")
+        status = "FAILED"
+        try:
+            failed = run_all(jobs, args.jobs, parent, watch)
+            status = "KILLED" if watch.received else "FAILED" if failed else "FINISHED"
+        finally:
+            if client:
+                close_parent(client, parent, status)
     except Interrupted as interruption:  # before anything was started
         sys.exit(interruption.code)
     except (ConfigError, PlotError, TrackingError, OSError) as error:
@@ -209,4 +216,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Outlet(sys.stdout), Outlet(sys.stderr)
     main()

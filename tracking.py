@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tqdm import tqdm
@@ -29,7 +29,8 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
-PACKAGES = ("torch", "torchvision", "gymnasium", "box2d", "pygame-ce", "opencv-python-headless", "numpy", "mlflow")
+PACKAGES = (  # one of the two Box2D packages, whichever gymnasium asked for
+    "torch", "torchvision", "gymnasium", "box2d", "box2d-py", "pygame-ce", "opencv-python-headless", "numpy", "mlflow")
 
 
 class TrackingError(Exception):
@@ -44,7 +45,9 @@ def machine_tags(threads):
         git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
         commit = git.stdout.strip()
     tags = {"git_commit": commit or "unknown", "python": platform.python_version()}
-    tags |= {f"version.{package}": version(package) for package in PACKAGES}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            tags[f"version.{package}"] = version(package)
     cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
     machine = f"{platform.system()} {platform.machine()}, {cpu}, {os.cpu_count()} cores"
     return tags | {"machine": machine, "threads": str(threads)}
@@ -209,6 +212,28 @@ class Sender(threading.Thread):
         return len(self.waiting), len(self.files)
 
 
+def connect(settings, folder):
+    """MLflow's client and the id of the experiment; both are made where they are missing.
+
+    `folder` is what all runs of the store have in common, runs/. TrackingError if the store cannot be used.
+    """
+    import mlflow
+    from mlflow.store.db import utils
+
+    utils.MAX_RETRY_COUNT = 4  # as above: it would try a database that cannot be opened for 102 seconds; so for 1.1
+    try:
+        mlflow.set_tracking_uri(settings.uri)
+        with alone(folder):
+            return mlflow.MlflowClient(), mlflow.set_experiment(settings.experiment).experiment_id
+    except Exception as error:  # whatever the store raises, the user needs one line of it
+        raise store_error(settings, error) from error
+
+
+def store_error(settings, error):
+    return TrackingError(
+        f"MLflow store {settings.uri} cannot be used: {first_line(error)}; tracking.mlflow=false trains without it")
+
+
 @contextmanager
 def alone(folder):
     """One process after the other: of two that find no store, each would make its tables, and one would fail."""
@@ -245,16 +270,10 @@ class Tracker:
         write_atomically(file, (json.dumps(self.tags, indent=2) + "\n").encode())
 
     def _start_mlflow(self, config):
-        import mlflow
         from mlflow.entities import Param, RunTag
-        from mlflow.store.db import utils
 
-        utils.MAX_RETRY_COUNT = 4  # as above: it would try a database that cannot be opened for 102 seconds; so for 1.1
+        self.client, experiment = connect(self.settings, self.folder.parent)
         try:
-            mlflow.set_tracking_uri(self.settings.uri)
-            with alone(self.folder.parent):
-                self.client = mlflow.MlflowClient()
-                experiment = mlflow.set_experiment(self.settings.experiment).experiment_id
             if self.run_id is None or not self._reopen():
                 tags = self.tags | {"mlflow.runName": self.folder.name, "mlflow.source.name": "train.py"}
                 tags |= {"mlflow.parentRunId": self.settings.parent} if self.settings.parent else {}
@@ -263,17 +282,15 @@ class Tracker:
                 self.client.log_batch(self.run_id, params=params, tags=[RunTag("run_folder", self.folder.name)])
             self.sender = Sender(self.client, self.run_id)
             self._fill_gap()
-        except Exception as error:  # whatever the store raises, the user needs one line of it
-            raise TrackingError(
-                f"MLflow store {self.settings.uri} cannot be used: {first_line(error)}; tracking.mlflow=false trains "
-                "without it") from error
+        except Exception as error:
+            raise store_error(self.settings, error) from error
         self.sender.start()
 
     def _fill_gap(self):
         """Send the rows of metrics.csv that MLflow lacks: those of a killed run, of a lost store, of a deleted run."""
         rows = [row for _, row in self.metrics.rows()]
-        there = {m.step for m in self.client.get_metric_history(self.run_id, "update/entropy")} if rows else ()
-        lacking = [dict(zip(self.metrics.columns, row, strict=True)) for row in rows if row[0] not in there]
+        self.there = {m.step for m in self.client.get_metric_history(self.run_id, "update/entropy")}
+        lacking = [dict(zip(self.metrics.columns, row, strict=True)) for row in rows if row[0] not in self.there]
         for row in lacking:
             self._send(row, row.pop("frames"))
         if lacking:
@@ -293,7 +310,7 @@ class Tracker:
     def log(self, metrics, frames):
         """metrics: {name: number}, nan for what this update did not measure; `frames` is the x axis."""
         self._try("metrics.csv", self.metrics.append, {"frames": frames} | metrics)
-        if self.sender:
+        if self.sender and frames not in self.there:  # a killed run may have sent what is done again now
             self._send(metrics, frames)
 
     def _send(self, metrics, frames):
@@ -306,7 +323,7 @@ class Tracker:
 
     def artifact(self, path, folder=None):
         """Send a file, or what is in a folder, beside the training, to `folder` among the run's artifacts."""
-        if self.sender and (Path(path), folder) not in self.sender.files:
+        if self.sender and (Path(path), folder) not in list(self.sender.files):  # a copy: the sender takes from it
             self.sender.files.append((Path(path), folder))
 
     def _try(self, what, call, *args):

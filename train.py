@@ -47,7 +47,7 @@ from diagnostics import Diagnostics
 from distributed import ALONE, World, launcher
 from envs import NUM_ACTIONS, OUTCOMES, SELECTION_SEED, RenderedLander, WorkerError, make_vector_env
 from evaluate import VideoRecorder, evaluate, play, print_report
-from models import WeightsError
+from models import CalibrationError, WeightsError
 from plot import PlotError, draw_run
 from run_folder import is_finished, start_run
 from signals import Interrupted, SignalWatch
@@ -619,6 +619,8 @@ def draw_curves(folder, tracker, say):
 def finish(trainer, tracker):
     """Score the best policy on unseen episodes, greedy and sampled, record videos, and hand all to MLflow."""
     config, folder = trainer.config, trainer.folder
+    if trainer.counters["best"] is None:  # total_frames was lowered to less than what was trained without a score
+        trainer.select({})
     draw_curves(folder, tracker, print)
     for name in ("config.yaml", "metrics.csv"):
         tracker.artifact(folder / name)
@@ -676,7 +678,8 @@ def main(argv=None):
             watch.patient = True
         if world.rank == 0:
             trainer.mark_scored()
-    except (ConfigError, CheckpointError, TrackingError, TrainingError, WeightsError, WorkerError) as error:
+    except (CalibrationError, CheckpointError, ConfigError, TrackingError, TrainingError, WeightsError,
+            WorkerError) as error:
         sys.exit(f"{who}: {error}")
     except OSError as error:
         sys.exit(f"{who}: {error.filename}: {error.strerror}" if error.filename else f"{who}: {error}")

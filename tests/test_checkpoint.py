@@ -126,10 +126,16 @@ def test_policy_file_reads_back_and_notices_damage(tmp_path):
     assert (loaded_config, path) == (config, file)
     for key, tensor in policy.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], tensor)
+    good = file.read_bytes()
     damage_bit(file)
     with pytest.raises(CheckpointError, match="damaged"):
         load_policy(file)
-    file.write_bytes(file.read_bytes()[:50])
+    for old, new in ((rb'frame_skip\": 4', rb'frame_skip\": 5'), (b'"env_frames":"123"', b'"env_frames":"122"')):
+        assert old in good
+        file.write_bytes(good.replace(old, new))
+        with pytest.raises(CheckpointError, match="damaged"):
+            load_policy(file)
+    file.write_bytes(good[:50])
     with pytest.raises(CheckpointError, match=r"policy\.safetensors"):
         load_policy(file)
 

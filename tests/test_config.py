@@ -64,6 +64,10 @@ def test_overrides_win_and_numbers_are_numbers(tmp_path):
     ("env:\n  color: on\n  num_envs: no\n", ["env.num_envs='no'"]),
     ("env:\n  num_envs: true\n", ["env.num_envs=True", "number"]),
     ("env:\n  shrink_factor: 7\n", ["env.shrink_factor=7", "1, 2, 4, 5, 8"]),
+    ("env:\n  shrink_factor: 40\n", ["env.shrink_factor=40", "20, 25"]),
+    ("model:\n  features: true\n", ["model.features=True", "number"]),
+    ("model:\n  name: transformer\n  spatial_width: 66\n", ["model.spatial_width=66", "multiple of heads=4"]),
+    ("model:\n  name: transformer\n  width: 129\n  heads: 3\n", ["model.spatial_width=64", "heads=3"]),
     ("env:\n  num_envs: 33\n", ["env.num_envs=33", "multiple of env.num_workers=2", "32 or 34"]),
     ("ppo:\n  num_minibatches: 7\n", ["ppo.num_minibatches=7", "2048", "4, 8"]),
     ("run:\n  name: a/b\n", ["run.name='a/b'"]),
@@ -107,6 +111,7 @@ def test_mistakes_in_overrides(override, expected, tmp_path):
 
 def test_a_number_may_be_a_name():
     assert load_config(None, ["run.name=7"]).run.name == "7"
+    assert load_config(None, ["run.name=007"]).run.name == "007"
 
 
 def test_files_that_are_no_text(tmp_path):

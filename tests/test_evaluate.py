@@ -93,8 +93,9 @@ def test_sampled_episodes_repeat_and_do_not_depend_on_their_neighbours(policy_fi
     policy, config, _ = load_policy(policy_file)
     together = evaluate.play(policy, config.env, range(3), 5)[0]
     again = evaluate.play(policy, config.env, range(3), 5)[0]
+    alone = [evaluate.play(policy, config.env, [seed], 5)[0][0] for seed in range(3)]
     other = evaluate.play(policy, config.env, range(3), 6)[0]
-    assert together.tolist() == again.tolist() != other.tolist()
+    assert together.tolist() == again.tolist() == alone != other.tolist()
 
 
 def test_confidence_interval_of_a_known_case():

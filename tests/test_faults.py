@@ -263,8 +263,8 @@ def test_deleted_mlflow_run_gets_a_successor(tmp_path):
     assert f"MLflow run {found.info.run_id} is gone; a new one takes its place" in done.stderr
     client, found = only_run(tmp_path)
     assert found.info.status == "FINISHED"
-    steps = {m.step for m in client.get_metric_history(found.info.run_id, "update/entropy")}
-    assert steps == {int(row["frames"]) for row in rows(tmp_path / "runs" / "x")}  # those of the deleted run as well
+    steps = sorted(m.step for m in client.get_metric_history(found.info.run_id, "update/entropy"))
+    assert steps == [int(row["frames"]) for row in rows(tmp_path / "runs" / "x")]  # those of the deleted run as well
 
 
 def test_odd_surroundings(tmp_path):

@@ -10,7 +10,7 @@ from torch import nn
 import models
 from config import ConfigError, check_config, load_config
 from envs import Lander, shrink
-from models import POLICIES, Glimpse, Policy, TemporalResNet, WeightsError, make_policy
+from models import POLICIES, CalibrationError, Glimpse, Policy, TemporalResNet, WeightsError, make_policy
 
 SHAPE = {"stack": 4, "planes": 3, "height": 100, "width": 150}
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -105,7 +105,7 @@ def test_glimpse_at_the_edge_stays_inside(frames):
 
 
 def test_glimpse_needs_motion(frames):
-    with pytest.raises(ValueError, match="nothing moves"):
+    with pytest.raises(CalibrationError, match="nothing moves"):
         Glimpse(32).calibrate(frames[:1, -3:], frames[:1, -3:])
 
 
@@ -294,6 +294,12 @@ def test_weights_that_do_not_fit_or_cannot_be_had(tmp_path, monkeypatch):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # and no way out
     with pytest.raises(WeightsError, match=r"cannot be had.*model\.weights=FILE"):
         make_policy(TemporalResNet.Options(weights="IMAGENET1K_V1"), **SHAPE).load_pretrained()
+    broken = tmp_path / "hub" / "checkpoints" / torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
+    broken.parent.mkdir(parents=True, exist_ok=True)
+    broken.write_bytes(b"half a downlo")
+    with pytest.raises(WeightsError, match=r"cannot be had.*model\.weights=FILE") as error:
+        make_policy(TemporalResNet.Options(weights="IMAGENET1K_V1"), **SHAPE).load_pretrained()
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("settings", [

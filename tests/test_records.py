@@ -1,5 +1,6 @@
 """Records of a run whatever happens to them: metrics.csv, MLflow's store, the streams that messages go to."""
 
+import inspect
 import os
 
 import mlflow
@@ -88,6 +89,12 @@ def test_store_that_cannot_be_used_is_one_line(uri, tmp_path):
     with pytest.raises(TrackingError, match=r"cannot be used: .*tracking\.mlflow=false trains without it") as error:
         Tracker(settings(uri.format(tmp_path)), tmp_path, threads=1)
     assert "\n" not in str(error.value)
+
+
+def test_mlflow_still_lets_us_say_how_often_it_tries_a_database():
+    from mlflow.store.db import utils
+
+    assert "MAX_RETRY_COUNT" in inspect.getsource(utils.create_sqlalchemy_engine_with_retry)
 
 
 def test_what_mlflow_lacks_is_sent_when_the_run_goes_on(tmp_path, capsys):

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from checkpoint import CheckpointError, save_checkpoint
+from checkpoint import CheckpointError, build_policy, policy_bytes, save_checkpoint
 from config import Config, ConfigError, load_config
 from run_folder import is_finished, locked, new_folder, start_run
 from runs import ROOT, no_room
@@ -62,6 +62,26 @@ def test_newer_checkpoints_are_put_aside(run, capsys):
         "000000000100.ckpt", "000000000200.ckpt", "000000000300.ckpt.aside"]
     assert "000000000300.ckpt is newer" in capsys.readouterr().out
     assert frames_of(run) == [100, 200]
+
+
+def test_who_goes_back_keeps_what_came_after(run):
+    """The best policy and the metrics of the branch that is left stay there, under another name, and count no more."""
+    config = load_config(None, ["ppo.total_frames=300"])
+    best = run / "checkpoints" / "policy.safetensors"
+    for frames, kept in ((150, True), (250, False)):
+        best.write_bytes(policy_bytes(build_policy(config), config, frames))
+        state = resume("runs/x/checkpoints/000000000200.ckpt")[2]
+        assert best.exists() == kept
+        assert ("best" in state["counters"]) == (not kept)
+        (run / "checkpoints" / "000000000300.ckpt.aside").rename(run / "checkpoints" / "000000000300.ckpt")
+    assert state["counters"]["best"] is None
+    assert (run / "checkpoints" / "policy.safetensors.aside").exists()
+
+
+def test_metrics_of_an_abandoned_branch_are_kept(run):
+    before = (run / "metrics.csv").read_text()
+    resume("runs/x/checkpoints/000000000200.ckpt")
+    assert (run / "metrics.csv.aside").read_text() == before
 
 
 def test_damaged_newest_is_put_aside_too(run, capsys):

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 import sweep
+from checkpoint import save_checkpoint
 from plot import NEEDED, reached
 from runs import CONFIG, ROOT, TINY, rows, wait_for_rows
 from tracking import Metrics
@@ -89,6 +90,9 @@ def test_the_summary_tells_when_200_was_reached(tmp_path, monkeypatch):
         for i, value in enumerate(returns):
             metrics.append(dict.fromkeys(NEEDED, 0) | {
                 "frames": (i + 1) * 1_000_000, "rollout/return_mean": value, "speed/total_seconds": 60 * (i + 1)})
+        (job.folder / "checkpoints").mkdir()
+        counters = {"env_frames": 3_000_000, "scored": 0}
+        save_checkpoint(job.folder / "checkpoints" / "000003000000.ckpt", {"counters": counters})
     assert sweep.summary(jobs).splitlines()[-1] == "| n | 3 | 2 | 2.50 (2.00 to 3.00) | 2.5 (2.0 to 3.0) | - |"
 
 
@@ -99,9 +103,28 @@ def test_reached():
     assert reached(metrics, 300) is None
 
 
+def test_a_store_that_cannot_be_used_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.db").mkdir()
+    with pytest.raises(SystemExit, match=r"^sweep.py: MLflow store .* cannot be used: .*"):
+        sweep.main(["--config", str(CONFIG), "tracking.uri=sqlite:///folder.db"])
+
+
+def test_output_that_nobody_takes_costs_nothing(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        list(map(str, [*SWEEP, "tracking.mlflow=false", *SETTINGS])), cwd=tmp_path, stdout=writer, stderr=writer,
+        timeout=600, check=False)
+    os.close(writer)
+    assert done.returncode == 0
+    assert (tmp_path / "runs" / "s-seed-1" / "report_sampled.json").exists()
+
+
 @pytest.mark.parametrize(("args", "expected"), [
     (["run.seed=1,2"], "use --seeds"), (["ppo.gama=1,2"], "ppo.gamma"), (["--seeds", "one"], "run.seed='one'"),
-    (["--jobs", "0"], "must be 1 or more")])
+    (["--jobs", "0"], "must be 1 or more"), (["--seeds", "ppo.gamma=0.9"], "must name one or more"),
+    (["ppo.gamma=0.9,0.9"], "two runs of this sweep would have this name")])
 def test_mistakes_are_one_line_before_anything_starts(args, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=f"^sweep.py: .*{expected}"):

@@ -85,8 +85,8 @@ def test_resumed_run_equals_the_run_that_was_never_stopped(number, whole_group, 
         assert torch.equal(resumed["policy"][key], tensor), key
     client, found = only_run(tmp_path)
     assert found.info.status == "FINISHED"
-    steps = {m.step for m in client.get_metric_history(found.info.run_id, "update/entropy")}
-    assert steps == {int(row["frames"]) for row in rows(here)}
+    steps = sorted(m.step for m in client.get_metric_history(found.info.run_id, "update/entropy"))
+    assert steps == [int(row["frames"]) for row in rows(here)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -123,6 +123,25 @@ def test_mistakes_are_one_line_before_anything_starts(args, expected, tmp_path):
     assert expected in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_goal_lowered_before_the_first_score_is_scored_too(tmp_path):
+    here = tmp_path / "runs" / "x"
+    process = start(tmp_path, "--config", CONFIG, "run.name=x", "tracking.mlflow=false", *TINY,
+                    "ppo.total_frames=1000000", "evaluation.interval=1000000")
+    wait_for_rows(process, here, 2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    run(tmp_path, "--resume", "latest", "ppo.total_frames=500")
+    assert json.loads((here / "report.json").read_text())["episodes"] == 2
+
+
+def test_frames_that_show_nothing_moving_are_one_line(tmp_path):
+    done = run(tmp_path, "--config", CONFIG, "tracking.mlflow=false", *TINY, "env.num_envs=2", "env.frame_skip=1",
+               "env.shrink_factor=25", "model.glimpse=16", "run.seed=1", ok=False)
+    assert done.returncode == 1
+    assert "nothing moves" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_existing_run_is_not_overwritten(whole_run):
