@@ -334,7 +334,8 @@ def main(argv=None):
     except OSError as error:
         sys.exit(f"evaluate.py: {error.filename}: {error.strerror}; --output names another folder")
     print_report(report)
-    print(f"  written  {output / 'report.json'}" + (f", {output / 'videos'}" if args.videos else ""))
+    filmed = any((output / "videos").glob("*.mp4"))
+    print(f"  written  {output / 'report.json'}" + (f", {output / 'videos'}" if args.videos and filmed else ""))
     if args.webp:
         try:
             write_webp(output / "videos" / f"seed-{args.seed}{'-panel' * args.panel}.mp4", args.webp)
