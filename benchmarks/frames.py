@@ -96,7 +96,6 @@ WAYS = {
     "gymnasium's wrappers, 16 workers of 1 lander": wrapper_stack,
     "envs.py, 16 workers of 1 lander": partial(ours, 16, 16),
     "envs.py, 2 workers of 16 landers": partial(ours, 32, 2),
-    "envs.py, 2 workers of 64 landers": partial(ours, 128, 2),
 }
 if envpool:
     WAYS["EnvPool, 16 landers, no pictures: state vectors"] = partial(EnvPoolLanders, False, 16)
