@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from models import POLICIES
+from models import POLICIES, Strict
 
 VIEWPORT = (400, 600)  # pixels: height, width of the rendered frame
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -32,15 +32,8 @@ class ConfigError(Exception):
     """A user's mistake in a config; the message is one line that says where and what is allowed."""
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_not_one(cls, value, info):
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation not in (bool, bool | None):
-            raise PydanticCustomError("boolean", "must be a number or text, not true or false")
-        return value
+class Section(Strict):
+    model_config = ConfigDict(allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
 class Run(Section):
@@ -143,13 +136,7 @@ class Config(Section):
         name = value.get("name", "cnn")
         if not isinstance(name, str) or name not in POLICIES:
             raise PydanticCustomError("model", f"model.name={name!r} must be one of {', '.join(POLICIES)}")
-        options = POLICIES[name].Options
-        switches = {key for key, field in options.model_fields.items() if field.annotation is bool}
-        for key in options.model_fields.keys() & value.keys() - switches:
-            if isinstance(value[key], bool):
-                raise PydanticCustomError(
-                    "model", f"model.{key}={value[key]!r}: must be a number or text, not true or false")
-        return options(**value)
+        return POLICIES[name].Options(**value)
 
     @model_validator(mode="after")
     def _even_minibatches(self):

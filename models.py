@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 from torch import nn
 from torch.nn import functional as F
 
@@ -30,6 +31,19 @@ class WeightsError(Exception):
 
 class CalibrationError(Exception):
     """Frames that show nothing to learn to look at; one line."""
+
+
+class Strict(BaseModel):
+    """Settings that know their keys and never take true or false for a number or text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_not_one(cls, value, info):
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation not in (bool, bool | None):
+            raise PydanticCustomError("boolean", "must be a number or text, not true or false")
+        return value
 
 
 def orthogonal(layer, gain=2**0.5):
@@ -129,8 +143,7 @@ class Glimpse(nn.Module):
 class Policy(nn.Module):
     """What all policies share: the eye, the mirror, and the two heads on one hidden layer."""
 
-    class Options(BaseModel):
-        model_config = ConfigDict(extra="forbid", frozen=True)
+    class Options(Strict):
         name: str = Field(description="which policy: a name in POLICIES")
         glimpse: int = Field(32, ge=0, description="side in pixels of the cut-out around what moves; 0: all")
         subpixel: bool = Field(True, description="cut out exactly around the spot, between pixels; false: whole pixels")
