@@ -1,7 +1,9 @@
 """A LunarLander drawn as the small frame that an agent sees: equal to what gymnasium renders, bit for bit."""
 
 import os
-from itertools import islice
+from functools import cache
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # we draw into memory; no display is needed
@@ -9,7 +11,7 @@ os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # we draw into memory; no dis
 import cv2
 import numpy as np
 import pygame
-from gymnasium.envs.box2d.lunar_lander import SCALE, VIEWPORT_H, VIEWPORT_W
+from gymnasium.envs.box2d.lunar_lander import SCALE, VIEWPORT_H, VIEWPORT_W, LunarLander
 from pygame import gfxdraw
 
 FLAG_COLOR, POLE_COLOR = (204, 204, 0), (255, 255, 255)
@@ -33,27 +35,56 @@ def shrink(frame, factor, color):
     return small.transpose(2, 0, 1)[:3] if color else small[None]
 
 
-def outlines(landers):
-    """Corners of body and legs of LunarLanders, in pixels: per lander and body a list of (x, y).
+class View(NamedTuple):
+    """What a Camera draws of a lander, in pixels from the lower left corner of the picture."""
 
-    What `transform * vertex * SCALE` gives, in float32 and in Box2D's order of operations, but for all landers at once:
-    to ask Box2D for one corner after the other takes longer than to draw them.
+    outlines: list  # corners [x, y] of body and legs, each a list
+    flames: list  # centres [x, y] of the particles
+    body_box: list  # left, bottom, right, top of the outlines
+    box: list  # of all that
+
+
+@cache
+def _shapes():
+    """Corners of body and legs in metres, each about its own origin, alike in all landers: float32 (V, 2) per body."""
+    lander = LunarLander()
+    lander.reset(seed=0)
+    return [np.array(body.fixtures[0].shape.vertices, np.float32) for body in lander.drawlist]
+
+
+def views(landers):
+    """The View of each of `landers`, LunarLanders.
+
+    A corner is what `transform * vertex * SCALE` gives, in float32 and in Box2D's order of operations, but for all
+    landers at once: to ask Box2D for one corner after the other takes longer than to draw them.
     """
-    shapes = [body.fixtures[0].shape.vertices for body in landers[0].drawlist]  # all landers are alike
-    vertex_x, vertex_y = np.concatenate(shapes).astype(np.float32).T
-    poses = []
+    poses, spots, starts = [], [], []  # flat: cos, sin, x, y of each body; x, y of each particle
     for lander in landers:
         for body in lander.drawlist:
             transform = body.transform
-            turn = transform.q
-            poses.append((turn.c, turn.s, *transform.position.tuple))
-    owners = [i for i, shape in enumerate(shapes) for _ in shape]
-    poses = np.array(poses, np.float32).reshape(len(landers), len(shapes), 4)[:, owners]
-    cos, sin, x, y = poses.transpose(2, 0, 1)  # (landers, vertices)
-    xs = (cos * vertex_x - sin * vertex_y + x) * SCALE
-    ys = (sin * vertex_x + cos * vertex_y + y) * SCALE
-    corners = (zip(*row, strict=True) for row in zip(xs.tolist(), ys.tolist(), strict=True))
-    return [[list(islice(row, len(shape))) for shape in shapes] for row in corners]
+            turn, place = transform.q, transform.position
+            poses += turn.c, turn.s, place.x, place.y
+        starts.append(len(spots) // 2)
+        spots += poses[-2:]  # no particle; a point of the lander, which may have none
+        for particle in lander.particles:
+            place = particle.position
+            spots += place.x, place.y
+    sizes = [len(shape) for shape in _shapes()]
+    poses = np.array(poses, np.float32).reshape(len(landers), len(sizes), 4).repeat(sizes, 1)  # (landers, V, 4)
+    vertices = np.concatenate(_shapes())
+    across = vertices[:, ::-1] * np.array([-1, 1], np.float32)
+    corners = (poses[..., :1] * vertices + poses[..., 1:2] * across + poses[..., 2:]) * SCALE  # (landers, V, 2)
+    spots = np.array(spots, np.float32).reshape(-1, 2) * SCALE
+    low, high = corners.min(1), corners.max(1)
+    body_boxes = np.concatenate([low, high], 1).tolist()
+    low = np.minimum(low, np.minimum.reduceat(spots, starts))
+    high = np.maximum(high, np.maximum.reduceat(spots, starts))
+    boxes = np.concatenate([low, high], 1).tolist()
+    bodies = [slice(*ends) for ends in pairwise(accumulate(sizes, initial=0))]
+    outlines = [[own[body] for body in bodies] for own in corners.tolist()]
+    spots = spots.tolist()
+    flames = [spots[start + 1 : end] for start, end in pairwise([*starts, len(spots)])]
+    return [*map(View, outlines, flames, body_boxes, boxes)]
 
 
 class Camera:
@@ -62,117 +93,135 @@ class Camera:
     The drawing calls are those of gymnasium's `LunarLander.render`, in its order: terrain once per episode, then the
     smallest rectangle of whole small pixels around lander, legs and particles. The flags need care: the renderer
     redraws them after every object, and their blended edges grow more opaque each time, so they depend on how many
-    objects there are.
+    objects there are. Where no object touches a flag, what it looks like after so many is known from earlier frames.
     """
 
     # One canvas for all cameras of a process; each copies its own background into the part that it repaints. Rows run
     # upwards, as in the renderer until it flips its picture at the end.
     pixels = np.zeros((VIEWPORT_H, VIEWPORT_W, 4), np.uint8)  # red, green, blue, unused
     canvas = pygame.image.frombuffer(pixels, (VIEWPORT_W, VIEWPORT_H), "RGBX")
+    words = pixels.view(np.uint32)[..., 0]  # a pixel as one number
+    radius = 2  # pixels; the renderer's particles are circles of 2 / SCALE metres
+    margin = radius + 2  # pixels: a circle's radius, or an anti-aliased edge, and rounding
 
     def __init__(self, factor, color):
         self.factor, self.color = factor, color
         self.background = np.zeros((VIEWPORT_H, VIEWPORT_W), np.uint8)  # sky and terrain have no colour
         self.bare = np.zeros((frame_planes(color), VIEWPORT_H // factor, VIEWPORT_W // factor), np.uint8)
-        self.full_cloth = {}  # number of objects -> full pixels of the flags' cloth
+        self.behind_cloth, self.cloth = None, {}  # number of objects -> small pixels of the strip with the flags' cloth
 
     def start(self, lander):
         """Draw the terrain of a new episode."""
-        half = VIEWPORT_H // 2  # terrain never rises above it; the sky there stays black
-        self.canvas.set_clip((0, 0, VIEWPORT_W, half))
-        self.canvas.fill((255, 255, 255))
         # The renderer draws the sky in ten pieces; as one it gives the same pixels.
         sky = lander.sky_polys
         corners = [sky[0][0], *(piece[1] for piece in sky), sky[-1][2], sky[0][3]]
         corners = [(x * SCALE, y * SCALE) for x, y in corners]
+        xs, self.flag_y = (lander.helipad_x1 * SCALE, lander.helipad_x2 * SCALE), lander.helipad_y * SCALE
+        bottom = int(self.flag_y)
+        highest = max(bottom + 53, *(int(y) + 2 for _, y in corners[:-2]))
+        self.ground = min(-(-highest // self.factor) * self.factor, VIEWPORT_H)  # rows; above them is only sky, black
+        self.canvas.set_clip((0, 0, VIEWPORT_W, self.ground))
+        self.canvas.fill((255, 255, 255))
         pygame.draw.polygon(self.canvas, (0, 0, 0), corners)
         gfxdraw.aapolygon(self.canvas, corners, (0, 0, 0))
-        self.flag_x = [lander.helipad_x1 * SCALE, lander.helipad_x2 * SCALE]
-        self.flag_y = lander.helipad_y * SCALE
-        for x in self.flag_x:  # a pole up to its cloth
+        for x in xs:  # a pole up to its cloth
             pygame.draw.line(self.canvas, POLE_COLOR, (x, self.flag_y), (x, self.flag_y + 38), 1)
         self.canvas.set_clip(None)
-        self.background[:half] = self.pixels[:half, :, 0]
-        size = VIEWPORT_W // self.factor, half // self.factor
-        small = cv2.resize(self.background[:half], size, interpolation=cv2.INTER_AREA)
-        self.bare[:, half // self.factor :] = small[::-1]
-        rects = [pygame.Rect(int(x) - 1, int(self.flag_y) - 1, 29, 54) for x in self.flag_x]
-        self.flag_rects = [self._whole_pixels(rect) for rect in rects]
-        left, right = rects
-        self.cloth = self._whole_pixels(pygame.Rect(left.left, left.top + 38, right.right - left.left, 16))
-        self.small_cloth = {}  # number of objects -> small pixels of `cloth`
+        ground = cv2.extractChannel(self.pixels[: self.ground], 0, dst=self.background[: self.ground])
+        size = VIEWPORT_W // self.factor, self.ground // self.factor
+        self.bare[:] = 0
+        self.bare[:, -size[1] :] = cv2.resize(ground, size, interpolation=cv2.INTER_AREA)[::-1]
+        self.flags = {x: self._whole_pixels(int(x) - 1, bottom - 1, int(x) + 28, bottom + 53) for x in xs}
+        self.strip = self._whole_pixels(int(xs[0]) - 1, bottom + 37, int(xs[1]) + 28, bottom + 53)
+        behind_cloth = self.background[self._full(self.strip)]
+        if not np.array_equal(behind_cloth, self.behind_cloth):
+            self.behind_cloth, self.cloth = behind_cloth.copy(), {}
 
-    def frame(self, lander, outlines):
-        """The small frame of this instant, a new uint8 (C, H, W) array; `outlines` are those of lander.drawlist."""
-        radius = 2  # pixels; the renderer's particles are circles of 2 / SCALE metres
-        centers = [(particle.position * SCALE).tuple for particle in lander.particles]
-
-        xs, ys = zip(*sum(outlines, centers), strict=True)
-        margin = radius + 2  # pixels: a circle's radius, or an anti-aliased edge, and rounding
-        left, bottom = int(min(xs)) - margin, int(min(ys)) - margin
-        dirty = pygame.Rect(left, bottom, int(max(xs)) + margin + 1 - left, int(max(ys)) + margin + 1 - bottom)
-        dirty = self._whole_pixels(dirty)
-
-        small = self.bare.copy()
-        small[self._small(self.cloth)] = self._cloth(len(centers) + len(outlines))
+    def frame(self, lander, view):
+        """The small frame of this instant, a new uint8 (C, H, W) array; `view` is that of `views`."""
+        outlines, flames, _, (left, bottom, right, top) = view
+        m = self.margin
+        small, draws = self.bare.copy(), len(flames) + len(outlines)
+        small[self._small(self.strip)] = self.cloth[draws] if draws in self.cloth else self._draw_cloth(draws)
+        dirty = self._whole_pixels(int(left) - m, int(bottom) - m, int(right) + m + 1, int(top) + m + 1)
         if not dirty:
             return small
-        part = self.pixels[self._full(dirty)]
-        cv2.cvtColor(self.background[self._full(dirty)], cv2.COLOR_GRAY2RGBA, dst=part)
-        flags = dirty.collidelist(self.flag_rects) >= 0
-        for particle, center in zip(lander.particles, centers, strict=True):
+        left, bottom, right, top = dirty
+        ground = min(max(self.ground, bottom), top)
+        self.words[ground:top, left:right] = 0
+        if bottom < ground:
+            full = self._full((left, bottom, right, ground))
+            cv2.cvtColor(self.background[full], cv2.COLOR_GRAY2RGBA, dst=self.pixels[full])
+        touched, apart = self._flags_near(dirty, view)
+        for particle, center in zip(lander.particles, flames, strict=True):
             red = int(max(0.2, 0.15 + particle.ttl) * 255)
             other = int(max(0.2, 0.5 * particle.ttl) * 255)
-            pygame.draw.circle(self.canvas, (red, other, other), center, radius)
-            if flags:
-                self._draw_flags()
+            pygame.draw.circle(self.canvas, (red, other, other), center, self.radius)
+            self._draw_flags(touched)
         for body, outline in zip(lander.drawlist, outlines, strict=True):
             pygame.draw.polygon(self.canvas, body.color1, outline)
             gfxdraw.aapolygon(self.canvas, outline, body.color1)
             pygame.draw.aalines(self.canvas, body.color2, True, outline)
-            if flags:
-                self._draw_flags()
-        small[self._small(dirty)] = self._shrink(part)
+            self._draw_flags(touched)
+        kept = [(area, small[area].copy()) for area in map(self._small, apart)]
+        small[self._small(dirty)] = self._shrink(self.pixels[self._full(dirty)])
+        for area, pixels in kept:
+            small[area] = pixels
         return small
 
-    def _cloth(self, draws):
-        """Small pixels of the strip that holds the cloth of both flags, drawn `draws` times over."""
-        area = self._full(self.cloth)
-        if draws not in self.full_cloth:
-            self.canvas.fill((0, 0, 0), self.cloth)
-            for _ in range(draws):
-                self._draw_flags()
-            self.full_cloth[draws] = self.pixels[area].copy()
-        if draws not in self.small_cloth:
-            # The cloth hangs in the black sky: wherever else there is something in the strip, the maximum is that.
-            both = np.maximum(self.background[area][..., None], self.full_cloth[draws])
-            self.small_cloth[draws] = self._shrink(both)
-        return self.small_cloth[draws]
+    def _flags_near(self, dirty, view):
+        """Of the flags in `dirty`: x of those that an object may touch, and rectangles of the others."""
+        m, touched, apart = self.margin, [], []
+        for x, rect in self.flags.items():
+            if _overlap(rect, dirty):
+                left, bottom, right, top = rect[0] - m, rect[1] - m, rect[2] + m, rect[3] + m
+                if _overlap((left, bottom, right, top), view.body_box) or any(
+                        left <= spot[0] <= right and bottom <= spot[1] <= top for spot in view.flames):
+                    touched.append(x)
+                else:
+                    apart.append(rect)
+        return touched, apart
 
-    def _draw_flags(self):
+    def _draw_cloth(self, draws):
+        """Small pixels of the strip that holds the cloth of both flags, drawn `draws` times over."""
+        full = self._full(self.strip)
+        self.words[full] = 0
+        for _ in range(draws):
+            self._draw_flags(self.flags)
+        # The cloth hangs in the black sky: wherever else there is something in the strip, the maximum is that.
+        self.cloth[draws] = self._shrink(np.maximum(self.behind_cloth[..., None], self.pixels[full]))
+        return self.cloth[draws]
+
+    def _draw_flags(self, xs):
         bottom, top = self.flag_y, self.flag_y + 50
-        for x in self.flag_x:
+        for x in xs:
             pygame.draw.line(self.canvas, POLE_COLOR, (x, bottom), (x, top), 1)
             cloth = [(x, top), (x, top - 10), (x + 25, top - 5)]
             pygame.draw.polygon(self.canvas, FLAG_COLOR, cloth)
             gfxdraw.aapolygon(self.canvas, cloth, FLAG_COLOR)
 
-    def _whole_pixels(self, rect):
-        """`rect` grown to whole small pixels and cut to the picture; empty if it lies outside."""
+    def _whole_pixels(self, left, bottom, right, top):
+        """A rectangle grown to whole small pixels and cut to the picture; None if it lies outside."""
         f = self.factor
-        left, top = max(rect.left // f, 0) * f, max(rect.top // f, 0) * f
-        right, bottom = min(-(-rect.right // f) * f, VIEWPORT_W), min(-(-rect.bottom // f) * f, VIEWPORT_H)
-        return pygame.Rect(left, top, max(right - left, 0), max(bottom - top, 0))
+        left, bottom = max(left // f, 0) * f, max(bottom // f, 0) * f
+        right, top = min(-(-right // f) * f, VIEWPORT_W), min(-(-top // f) * f, VIEWPORT_H)
+        return (left, bottom, right, top) if left < right and bottom < top else None
 
     def _full(self, rect):
         """Where `rect` is in `pixels`."""
-        return slice(rect.top, rect.bottom), slice(rect.left, rect.right)
+        left, bottom, right, top = rect
+        return slice(bottom, top), slice(left, right)
 
     def _small(self, rect):
         """Where `rect` is in a small frame, whose rows run downwards."""
+        left, bottom, right, top = rect
         f = self.factor
-        rows = slice((VIEWPORT_H - rect.bottom) // f, (VIEWPORT_H - rect.top) // f)
-        return slice(None), rows, slice(rect.left // f, rect.right // f)
+        return slice(None), slice((VIEWPORT_H - top) // f, (VIEWPORT_H - bottom) // f), slice(left // f, right // f)
 
     def _shrink(self, pixels):
         return shrink(pixels, self.factor, self.color)[:, ::-1]
+
+
+def _overlap(one, other):
+    """Whether two rectangles, each left, bottom, right, top, share a point."""
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]

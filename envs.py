@@ -46,7 +46,7 @@ from gymnasium.envs.box2d.lunar_lander import (
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from gymnasium.vector.async_vector_env import AsyncState
 
-from camera import Camera, frame_planes, outlines, shrink
+from camera import Camera, frame_planes, shrink, views
 
 ENV_ID = "LunarLander-v3"
 NUM_ACTIONS = 4  # nothing, left engine, main engine, right engine
@@ -189,9 +189,9 @@ class Lander:
         # A state that ends the episode is never bootstrapped: an episode is one or the other.
         return reward, terminated, truncated and not terminated
 
-    def look(self, *outline):
-        """The stack, uint8 (K, H, W), of what is seen now; for its `outline`, see `picture`."""
-        return self.stack.push(self.picture(*outline))
+    def look(self, *view):
+        """The stack, uint8 (K, H, W), of what is seen now; for its `view`, see `picture`."""
+        return self.stack.push(self.picture(*view))
 
     def make_env(self):
         return gym.wrappers.TimeLimit(LeanLunarLander(), gym.spec(ENV_ID).max_episode_steps)
@@ -205,9 +205,9 @@ class Lander:
             particle.ttl -= PARTICLE_AGEING
         self.lander._clean_particles(False)
 
-    def picture(self, outline=None):
-        """The small frame of now; `outline`, if it is known already, is that of `outlines`."""
-        return self.camera.frame(self.lander, outline or outlines([self.lander])[0])
+    def picture(self, view=None):
+        """The small frame of now; `view`, if it is known already, is that of `views`."""
+        return self.camera.frame(self.lander, view or views([self.lander])[0])
 
     def outcome(self):
         """How the episode just ended: an index into OUTCOMES. For reports only; no policy sees it."""
@@ -316,7 +316,7 @@ class LanderGroup(gym.Env):
             rewards[i], terminated[i], truncated[i] = lander.play(int(actions[i]))
             env_frames[i] = lander.episode_length - length
         # Drawing all of them after playing all of them keeps each part's code in the processor's cache.
-        seen = outlines([lander.lander for lander in self.landers])
+        seen = views([lander.lander for lander in self.landers])
         for i, lander in enumerate(self.landers):
             self.frames[i] = lander.look(seen[i])
             if terminated[i] or truncated[i]:
