@@ -17,11 +17,13 @@ import ctypes
 import math
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import sys
 import tempfile
 import threading
+import traceback
 from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import forkserver, resource_tracker
@@ -45,6 +47,7 @@ from gymnasium.envs.box2d.lunar_lander import (
 )
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from gymnasium.vector.async_vector_env import AsyncState
+from gymnasium.vector.utils import read_from_shared_memory
 
 from camera import Camera, frame_planes, shrink, views
 
@@ -247,8 +250,10 @@ class LanderGroup(gym.Env):
 
     A worker costs two context switches a step however little it does, so each worker plays many landers. The group
     begins its own new episodes: the observation after an ending is the first of the next episode, and the last one of
-    a truncated episode travels in `info["final_frames"]`.
+    a truncated episode travels in `info["final_frames"]`. `prepare` begins episodes ahead of time.
     """
+
+    COUNTS = ("env_frames", "episode_return", "episode_length", "episode_outcome")  # of step's info
 
     def __init__(self, landers, first_index, seed, frame_skip, frame_stack, shrink_factor, color):
         if multiprocessing.parent_process() and sys.platform == "linux":  # AsyncVectorEnv also makes one in the trainer
@@ -260,20 +265,46 @@ class LanderGroup(gym.Env):
                 server._forkserver_alive_fd = None
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)
         cv2.setNumThreads(0)  # the cores belong to the workers' own processes
-        self.landers = [Lander(frame_skip, frame_stack, shrink_factor, color) for _ in range(landers)]
+        self.settings = frame_skip, frame_stack, shrink_factor, color
+        self.landers = [Lander(*self.settings) for _ in range(landers)]
+        self.prepared, self.spare = {}, []  # lander's number -> one that has begun its next episode; those without use
         self.seed, self.first_index = seed, first_index
         self.episodes, self.generators = [0] * landers, [self._generator(i) for i in range(landers)]
-        self.frames = np.zeros((landers, *self.landers[0].stack.frames.shape), np.uint8)
-        self.observation_space = gym.spaces.Box(0, 255, self.frames.shape, np.uint8)
         self.action_space = gym.spaces.MultiDiscrete([NUM_ACTIONS] * landers)
+        shape = (landers, *self.landers[0].stack.frames.shape)
+        self.observation_space = gym.spaces.Dict(  # all that a worker shares with its trainer
+            frames=gym.spaces.Box(0, 255, shape, np.uint8), actions=self.action_space,
+            # rewards, terminated, truncated, and COUNTS
+            numbers=gym.spaces.Box(-np.inf, np.inf, (3 + len(self.COUNTS), landers), np.float64))
 
     def _generator(self, i):
         """A generator per lander, so that episodes do not depend on how landers are spread over workers."""
         return np.random.default_rng([self.seed, self.first_index + i])
 
+    @property
+    def frames(self):
+        """What each lander sees, M times uint8 (K, H, W)."""
+        return [lander.stack.frames for lander in self.landers]
+
+    @property
+    def unprepared(self):
+        return len(self.prepared) < len(self.landers)
+
+    def prepare(self):
+        """Begin the next episode of one lander ahead of time; a seed and a number make it what it is, not the time."""
+        self._prepare(next(i for i in range(len(self.landers)) if i not in self.prepared))
+
+    def _prepare(self, i):
+        lander = self.spare.pop() if self.spare else Lander(*self.settings)
+        lander.reset(self.generators[i].integers(TRAINING_SEEDS))
+        self.prepared[i] = lander
+
     def _begin(self, i):
+        if i not in self.prepared:
+            self._prepare(i)
+        self.spare.append(self.landers[i])
+        self.landers[i] = self.prepared.pop(i)
         self.episodes[i] += 1
-        self.frames[i] = self.landers[i].reset(self.generators[i].integers(TRAINING_SEEDS))
 
     @property
     def state(self):
@@ -285,17 +316,18 @@ class LanderGroup(gym.Env):
 
     @state.setter
     def state(self, state):
+        self.spare += self.prepared.values()
+        self.prepared.clear()
         for i, (episodes, actions) in enumerate(state):
             self.generators[i], self.episodes[i] = self._generator(i), episodes - 1
             self.generators[i].integers(TRAINING_SEEDS, size=episodes - 1)  # seeds of episodes that are over
             self._begin(i)
             for action in actions:
-                self.frames[i] = self.landers[i].step(action)[0]
+                self.landers[i].step(action)
 
     def rewind(self, state):
-        """Take up `state`; the frames there, uint8 (M, K, H, W)."""
+        """Take up `state`."""
         self.state = state
-        return self.frames
 
     def reset(self, *, seed=None, options=None):
         for i in range(len(self.landers)):
@@ -303,7 +335,7 @@ class LanderGroup(gym.Env):
         return self.frames, {}
 
     def step(self, actions):
-        """One decision each. Returns frames, uint8 (M, K, H, W), and rewards, terminated, truncated of shape (M,).
+        """One decision each. Returns frames, M times uint8 (K, H, W), and rewards, terminated, truncated, each (M,).
 
         Where an episode ended (terminated or truncated), info holds episode_return, episode_length (physics steps) and
         episode_outcome, each (M,), and for truncated episodes final_frames, uint8 (M, K, H, W).
@@ -318,7 +350,7 @@ class LanderGroup(gym.Env):
         # Drawing all of them after playing all of them keeps each part's code in the processor's cache.
         seen = views([lander.lander for lander in self.landers])
         for i, lander in enumerate(self.landers):
-            self.frames[i] = lander.look(seen[i])
+            lander.look(seen[i])
             if terminated[i] or truncated[i]:
                 if "episode_return" not in info:
                     info = {key: np.zeros(m) for key in ("episode_return", "episode_length", "episode_outcome")}
@@ -326,7 +358,8 @@ class LanderGroup(gym.Env):
                 info["episode_length"][i] = lander.episode_length
                 info["episode_outcome"][i] = lander.outcome()
                 if truncated[i]:
-                    info.setdefault("final_frames", np.zeros_like(self.frames))[i] = self.frames[i]
+                    frames = lander.stack.frames
+                    info.setdefault("final_frames", np.zeros((m, *frames.shape), np.uint8))[i] = frames
                 self._begin(i)
         return self.frames, rewards, terminated, truncated, info | {"env_frames": env_frames}
 
@@ -335,8 +368,56 @@ class WorkerError(Exception):
     """A worker died, froze or raised; says which, and why."""
 
 
+def _work(index, make_group, pipe, trainers_end, shared, errors, *_):
+    """A worker's life, in place of AsyncVectorEnv's.
+
+    All that a step takes and gives lies in shared memory, to which the frames are copied once, and an empty message
+    asks for it: to pickle and unpickle that would take as long as to draw some pictures. Everything else is asked for
+    and answered as AsyncVectorEnv does. While nothing is asked, episodes are prepared.
+    """
+    group = make_group()
+    trainers_end.close()
+    try:
+        workers = len(shared["actions"]) // len(group.landers)
+        memory = read_from_shared_memory(group.observation_space, shared, workers)
+        frames, actions, numbers = (memory[key][index] for key in ("frames", "actions", "numbers"))
+        while True:
+            while group.unprepared and not pipe.poll():
+                group.prepare()
+            message, answer = pipe.recv_bytes(), None
+            if not message:
+                _, *flags, info = group.step(actions)
+                for row, values in zip(numbers, (*flags, *(info.get(key, 0) for key in group.COUNTS)), strict=True):
+                    row[:] = values
+                answer = info.get("final_frames")
+            else:
+                command, details = pickle.loads(message)
+                if command == "_call":
+                    name, args, kwargs = details
+                    answer = getattr(group, name)
+                    if callable(answer):
+                        answer = answer(*args, **kwargs)
+                elif command == "reset":
+                    group.reset()
+                    answer = None, {}
+                else:  # "_check_spaces": there is only one kind of group
+                    answer = True, True
+            for place, stack in zip(frames, group.frames, strict=True):
+                place[:] = stack
+            if message or answer is not None:
+                pipe.send((answer, True))
+            else:
+                pipe.send_bytes(b"")
+    except Exception as error:
+        errors.put((index, type(error), str(error), traceback.format_exc()))
+        pipe.send((None, False))
+
+
 class LanderVectorEnv(AsyncVectorEnv):
-    """AsyncVectorEnv that says what went wrong in which worker, and that can be closed whatever state it is in."""
+    """AsyncVectorEnv of LanderGroups, which says what went wrong in which worker, and can be closed whatever happened.
+
+    Frames are uint8 (num_workers, M, K, H, W) and good until the next step; all else is (num_workers, M).
+    """
 
     patience = 15.0  # seconds; a step takes hundredths of one
     long_patience = 180.0  # seconds; to start, or to play the landers' episodes again, takes a few
@@ -347,7 +428,7 @@ class LanderVectorEnv(AsyncVectorEnv):
         watch.daemon = True
         watch.start()
         try:
-            super().__init__(*args, **settings)
+            super().__init__(*args, worker=_work, **settings)
         except BaseException as error:
             if not getattr(self, "processes", None):  # it failed in the trainer itself
                 if isinstance(error, OSError):
@@ -360,6 +441,8 @@ class LanderVectorEnv(AsyncVectorEnv):
             raise WorkerError(f"{cause}; it could not start, and what it said itself is above") from error
         finally:
             watch.cancel()
+        self.observation_space = self.observation_space["frames"]
+        self.single_observation_space = self.single_observation_space["frames"]
         atexit.register(_kill, self.processes)  # before multiprocessing waits for them, which a frozen one never ends
 
     @contextmanager
@@ -371,13 +454,28 @@ class LanderVectorEnv(AsyncVectorEnv):
 
     def reset(self, *, seed=None, options=None):
         with self._told(self.long_patience) as patience:
-            self.reset_async(seed=seed, options=options)
-            return self.reset_wait(timeout=patience)
+            self.reset_async()
+            return self.reset_wait(timeout=patience)[0]["frames"], {}
 
     def step(self, actions):
+        """As LanderGroup.step; info holds all counts at every step, and final_frames where there are any."""
+        self.observations["actions"][:] = actions
         with self._told(self.patience) as patience:
-            self.step_async(actions)
-            return self.step_wait(timeout=patience)
+            for pipe in self.parent_pipes:
+                pipe.send_bytes(b"")
+            if not self._poll_pipe_envs(patience):
+                raise TimeoutError
+            messages = [pipe.recv_bytes() for pipe in self.parent_pipes]
+            answers = [message and pickle.loads(message) for message in messages]
+            self._raise_if_errors([not answer or answer[1] for answer in answers])
+        rewards, terminated, truncated, *counts = self.observations["numbers"].swapaxes(0, 1).copy()
+        info = dict(zip(LanderGroup.COUNTS, counts, strict=True))
+        if any(answers):
+            info["final_frames"] = np.zeros_like(self.observations["frames"])
+            for frames, answer in zip(info["final_frames"], answers, strict=True):
+                if answer:
+                    frames[:] = answer[0]
+        return self.observations["frames"], rewards, terminated > 0, truncated > 0, info
 
     def rewind(self, states):
         """Put each worker's landers into its LanderGroup.state; their frames, uint8 (num_workers, M, K, H, W)."""
@@ -385,7 +483,8 @@ class LanderVectorEnv(AsyncVectorEnv):
             for pipe, state in zip(self.parent_pipes, states, strict=True):
                 pipe.send(("_call", ("rewind", (state,), {})))
             self._state = AsyncState.WAITING_CALL  # as after call_async, which sends the same to all
-            return np.stack(self.call_wait(timeout=patience))
+            self.call_wait(timeout=patience)
+        return self.observations["frames"]
 
     def _cause(self, error, patience):
         for i, (process, pipe) in enumerate(zip(self.processes, self.parent_pipes, strict=True)):
@@ -416,16 +515,18 @@ def _kill(processes):
 
 
 def _spread(processes):
-    """Give each worker a core of its own, where they share the cores evenly.
+    """Give each worker a core of its own, where they share the cores evenly, and let none push the trainer from its.
 
-    Left to itself, the kernel often wakes two workers on the same core and moves one of them a millisecond too late.
+    Left to itself, the kernel often wakes two workers on the same core and moves one of them a millisecond too late; or
+    the first that is woken takes the trainer's core before it has woken the others.
     """
     if not hasattr(os, "sched_getaffinity"):  # Linux has it
         return
     cores = sorted(os.sched_getaffinity(0))
-    if len(processes) % len(cores) == 0:
-        for i, process in enumerate(processes):
-            with suppress(OSError):  # it has died, which its next step will tell
+    for i, process in enumerate(processes):
+        with suppress(OSError):  # it has died, which its next step will tell
+            os.sched_setscheduler(process.pid, os.SCHED_BATCH, os.sched_param(0))  # it waits its turn when it wakes
+            if len(processes) % len(cores) == 0:
                 os.sched_setaffinity(process.pid, {cores[i % len(cores)]})
 
 
