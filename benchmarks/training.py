@@ -128,7 +128,8 @@ class NatureCNN(Policy):
         self.actor, self.critic = orthogonal(nn.Linear(UNITS, 4), 0.01), orthogonal(nn.Linear(UNITS, 1), 1.0)
 
     def forward(self, seen, stacks):
-        pictures = channels_last(seen["pictures"][stacks].flatten(1, 2)).div_(255)  # (B, 4, h, w)
+        pictures = seen["pictures"].index_select(0, stacks.flatten()).view(len(stacks), -1, *self.picture_size)
+        pictures = channels_last(pictures).div_(255)  # (B, 4, h, w)
         hidden = self.network(pictures).float()
         return self.actor(hidden), self.critic(hidden)[:, 0]
 

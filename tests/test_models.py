@@ -10,7 +10,7 @@ from torch import nn
 import models
 from config import ConfigError, check_config, load_config
 from envs import Lander, shrink
-from models import POLICIES, CalibrationError, Glimpse, Policy, TemporalResNet, WeightsError, make_policy
+from models import POLICIES, CalibrationError, Glimpse, Policy, TemporalResNet, WeightsError, make_policy, take
 
 SHAPE = {"stack": 4, "planes": 3, "height": 100, "width": 150}
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -107,6 +107,12 @@ def test_glimpse_at_the_edge_stays_inside(frames):
 def test_glimpse_needs_motion(frames):
     with pytest.raises(CalibrationError, match="nothing moves"):
         Glimpse(32).calibrate(frames[:1, -3:], frames[:1, -3:])
+
+
+def test_pictures_are_taken_as_they_are_or_in_the_mirror():
+    pictures = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 2, 3, 4), dtype=np.uint8))
+    taken = take(pictures, torch.tensor([4, 0, 4]), torch.tensor([True, False, False]))
+    assert torch.equal(taken, torch.stack([pictures[4].flip(2), pictures[0], pictures[4]]))
 
 
 @pytest.mark.parametrize("name", POLICIES)
