@@ -271,11 +271,10 @@ class LanderGroup(gym.Env):
         self.seed, self.first_index = seed, first_index
         self.episodes, self.generators = [0] * landers, [self._generator(i) for i in range(landers)]
         self.action_space = gym.spaces.MultiDiscrete([NUM_ACTIONS] * landers)
-        shape = (landers, *self.landers[0].stack.frames.shape)
-        self.observation_space = gym.spaces.Dict(  # all that a worker shares with its trainer
-            frames=gym.spaces.Box(0, 255, shape, np.uint8), actions=self.action_space,
-            # rewards, terminated, truncated, and COUNTS
-            numbers=gym.spaces.Box(-np.inf, np.inf, (3 + len(self.COUNTS), landers), np.float64))
+        frames = gym.spaces.Box(0, 255, (landers, *self.landers[0].stack.frames.shape), np.uint8)
+        numbers = gym.spaces.Box(-np.inf, np.inf, (3 + len(self.COUNTS), landers), np.float64)
+        # All that a worker shares with its trainer; the numbers are rewards, terminated, truncated and COUNTS.
+        self.observation_space = gym.spaces.Dict(frames=frames, actions=self.action_space, numbers=numbers)
 
     def _generator(self, i):
         """A generator per lander, so that episodes do not depend on how landers are spread over workers."""
@@ -288,20 +287,17 @@ class LanderGroup(gym.Env):
 
     @property
     def unprepared(self):
-        return len(self.prepared) < len(self.landers)
+        return [i for i in range(len(self.landers)) if i not in self.prepared]
 
-    def prepare(self):
-        """Begin the next episode of one lander ahead of time; a seed and a number make it what it is, not the time."""
-        self._prepare(next(i for i in range(len(self.landers)) if i not in self.prepared))
-
-    def _prepare(self, i):
+    def prepare(self, i):
+        """Begin a lander's next episode ahead of time: its number and a seed make it what it is, not the moment."""
         lander = self.spare.pop() if self.spare else Lander(*self.settings)
         lander.reset(self.generators[i].integers(TRAINING_SEEDS))
         self.prepared[i] = lander
 
     def _begin(self, i):
         if i not in self.prepared:
-            self._prepare(i)
+            self.prepare(i)
         self.spare.append(self.landers[i])
         self.landers[i] = self.prepared.pop(i)
         self.episodes[i] += 1
@@ -372,7 +368,7 @@ def _work(index, make_group, pipe, trainers_end, shared, errors, *_):
     """A worker's life, in place of AsyncVectorEnv's.
 
     All that a step takes and gives lies in shared memory, to which the frames are copied once, and an empty message
-    asks for it: to pickle and unpickle that would take as long as to draw some pictures. Everything else is asked for
+    asks for it; to pickle and unpickle that would take as long as to draw some pictures. Everything else is asked for
     and answered as AsyncVectorEnv does. While nothing is asked, episodes are prepared.
     """
     group = make_group()
@@ -382,8 +378,8 @@ def _work(index, make_group, pipe, trainers_end, shared, errors, *_):
         memory = read_from_shared_memory(group.observation_space, shared, workers)
         frames, actions, numbers = (memory[key][index] for key in ("frames", "actions", "numbers"))
         while True:
-            while group.unprepared and not pipe.poll():
-                group.prepare()
+            while (unprepared := group.unprepared) and not pipe.poll():
+                group.prepare(unprepared[0])
             message, answer = pipe.recv_bytes(), None
             if not message:
                 _, *flags, info = group.step(actions)
@@ -400,14 +396,13 @@ def _work(index, make_group, pipe, trainers_end, shared, errors, *_):
                 elif command == "reset":
                     group.reset()
                     answer = None, {}
-                else:  # "_check_spaces": there is only one kind of group
+                elif command == "_check_spaces":  # there is only one kind of group
                     answer = True, True
+                else:
+                    raise ValueError(f"a group of landers has no {command}")
             for place, stack in zip(frames, group.frames, strict=True):
                 place[:] = stack
-            if message or answer is not None:
-                pipe.send((answer, True))
-            else:
-                pipe.send_bytes(b"")
+            pipe.send((answer, True))
     except Exception as error:
         errors.put((index, type(error), str(error), traceback.format_exc()))
         pipe.send((None, False))
@@ -465,16 +460,13 @@ class LanderVectorEnv(AsyncVectorEnv):
                 pipe.send_bytes(b"")
             if not self._poll_pipe_envs(patience):
                 raise TimeoutError
-            messages = [pipe.recv_bytes() for pipe in self.parent_pipes]
-            answers = [message and pickle.loads(message) for message in messages]
-            self._raise_if_errors([not answer or answer[1] for answer in answers])
+            final_frames, successes = zip(*[pipe.recv() for pipe in self.parent_pipes], strict=True)
+            self._raise_if_errors(successes)
         rewards, terminated, truncated, *counts = self.observations["numbers"].swapaxes(0, 1).copy()
         info = dict(zip(LanderGroup.COUNTS, counts, strict=True))
-        if any(answers):
-            info["final_frames"] = np.zeros_like(self.observations["frames"])
-            for frames, answer in zip(info["final_frames"], answers, strict=True):
-                if answer:
-                    frames[:] = answer[0]
+        if any(frames is not None for frames in final_frames):
+            blank = np.zeros(self.single_observation_space.shape, np.uint8)
+            info["final_frames"] = np.stack([blank if frames is None else frames for frames in final_frames])
         return self.observations["frames"], rewards, terminated > 0, truncated > 0, info
 
     def rewind(self, states):

@@ -145,19 +145,29 @@ def test_frame_stack_is_oldest_first():
     assert stack.push(np.full((1, 1, 1), 9, np.uint8)).ravel().tolist() == [7, 8, 9]
 
 
+def state_of(lander):
+    body = lander.lander.lander
+    return np.array([
+        (body.position.x - 10) / 10, (body.position.y - lander.lander.helipad_y - 0.6) / (20 / 3),
+        body.linearVelocity.x / 5, body.linearVelocity.y * 20 / 3 / 50, body.angle, body.angularVelocity * 0.4,
+        *(float(leg.ground_contact) for leg in lander.lander.legs)])
+
+
+def keep_aloft(env, state):
+    """Keeps upright, and keeps from falling."""
+    turn = (0.5 * state[0] + state[2] - state[4]) * 0.5 - state[5]
+    if (1 - state[1]) * 0.5 - state[3] * 0.5 > abs(turn):
+        return 2
+    return 3 if turn < -0.05 else 1 if turn > 0.05 else 0
+
+
 def outcomes_of(choose, seeds):
     found = set()
     for seed in seeds:
-        lander = Lander(1, 1, 8, False)
+        lander, ended = Lander(1, 1, 8, False), False
         lander.reset(seed)
-        env, state, ended = lander.env, np.zeros(8), False
         while not ended:
-            body = lander.lander.lander
-            state = np.array([
-                (body.position.x - 10) / 10, (body.position.y - lander.lander.helipad_y - 0.6) / (20 / 3),
-                body.linearVelocity.x / 5, body.linearVelocity.y * 20 / 3 / 50, body.angle,
-                body.angularVelocity * 0.4, *(float(leg.ground_contact) for leg in lander.lander.legs)])
-            *_, terminated, truncated = lander.step(choose(env, state))
+            *_, terminated, truncated = lander.step(choose(lander.env, state_of(lander)))
             ended = terminated or truncated
         found.add((OUTCOMES[lander.outcome()], truncated))
     return found
@@ -167,14 +177,7 @@ def test_outcomes_say_how_an_episode_ended():
     assert ("rest", False) in outcomes_of(heuristic, range(3))
     assert outcomes_of(lambda env, state: 0, range(2)) == {("crash", False)}
     assert ("out_of_sight", False) in outcomes_of(lambda env, state: 2 if state[1] < 1 else 0, range(8))
-
-    def hover(env, state):  # keeps upright, and keeps from falling
-        turn = (0.5 * state[0] + state[2] - state[4]) * 0.5 - state[5]
-        if (1 - state[1]) * 0.5 - state[3] * 0.5 > abs(turn):
-            return 2
-        return 3 if turn < -0.05 else 1 if turn > 0.05 else 0
-
-    assert ("time", True) in outcomes_of(hover, range(3))
+    assert ("time", True) in outcomes_of(keep_aloft, range(3))
 
 
 SETTINGS = {"frame_skip": 4, "frame_stack": 2, "shrink_factor": 8, "color": False}
@@ -323,6 +326,29 @@ def test_truncated_episode_hands_over_its_last_frames():
     assert not np.array_equal(frames[0], info["final_frames"][0])
 
 
+def test_last_frames_of_a_truncated_episode_reach_the_trainer():
+    settings = SETTINGS | {"frame_skip": 1, "seed": 0}
+    alone = LanderGroup(1, 1, **settings)
+    alone.reset()
+    actions, truncated = [], [False]
+    while not truncated[0]:
+        actions.append(keep_aloft(None, state_of(alone.landers[0])))
+        frames, _, terminated, truncated, info = alone.step(actions[-1:])
+        assert not terminated[0]
+    envs = make_vector_env(num_envs=2, num_workers=2, **settings)
+    try:
+        envs.reset()
+        for action in actions:
+            seen, _, terminated, both_truncated, told = envs.step(np.array([[0], [action]]))
+            assert ("final_frames" in told) == both_truncated.any()
+        assert both_truncated.tolist() == [[False], [True]]
+        np.testing.assert_array_equal(told["final_frames"][1], info["final_frames"])
+        assert not told["final_frames"][0].any()
+        np.testing.assert_array_equal(seen[1], frames)
+    finally:
+        envs.close()
+
+
 def test_episodes_never_use_evaluation_seeds(monkeypatch):
     group = LanderGroup(2, 0, 1, **SETTINGS)
     seeds = []
@@ -341,7 +367,7 @@ def test_state_restores_landers_in_mid_episode():
     for _ in range(40):
         group.step(rng.integers(4, size=3))
     other = LanderGroup(3, 0, 7, **SETTINGS)
-    other.prepare()  # of an episode that will not come
+    other.prepare(1)  # of an episode that will not come
     other.rewind(group.state)
     np.testing.assert_array_equal(other.frames, group.frames)
     for _ in range(60):
