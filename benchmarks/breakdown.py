@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import gymnasium as gym
 import numpy as np
 
-from envs import ENV_ID, NUM_ACTIONS, Lander
+from envs import ENV_ID, NUM_ACTIONS, Lander, LanderGroup
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -51,9 +51,9 @@ class Blind(Lander):
         return self.blank
 
 
-def plays(lander_class, landers, settings, seconds, seed):
-    """Decisions per second of `landers` landers stepped in turn in this process."""
-    fleet, rng = [lander_class(**settings) for _ in range(landers)], np.random.default_rng(seed)
+def plays_blind(landers, settings, seconds, seed):
+    """Decisions per second of landers stepped in turn in this process, unseen."""
+    fleet, rng = [Blind(**settings) for _ in range(landers)], np.random.default_rng(seed)
     for lander in fleet:
         lander.reset(rng.integers(2**31))
 
@@ -63,6 +63,13 @@ def plays(lander_class, landers, settings, seconds, seed):
                 lander.reset(rng.integers(2**31))
 
     return landers * rate(decide, seconds)
+
+
+def plays(landers, settings, seconds, seed):
+    """Decisions per second of a group of landers in this process."""
+    group, rng = LanderGroup(landers, 0, seed, **settings), np.random.default_rng(seed)
+    group.reset()
+    return landers * rate(lambda: group.step(rng.integers(NUM_ACTIONS, size=landers)), seconds)
 
 
 def steps(seconds, seed):
@@ -127,8 +134,7 @@ def main():
 
     own = at_once(partial(steps, seconds), CORES)
     blind, drawn = (
-        decisions / at_once(partial(plays, lander_class, group, settings, seconds), env.num_workers)
-        for lander_class in (Blind, Lander))
+        decisions / at_once(partial(play, group, settings, seconds), env.num_workers) for play in (plays_blind, plays))
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, Path(folder))
