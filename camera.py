@@ -108,7 +108,8 @@ class Camera:
         self.factor, self.color = factor, color
         self.background = np.zeros((VIEWPORT_H, VIEWPORT_W), np.uint8)  # sky and terrain have no colour
         self.bare = np.zeros((frame_planes(color), VIEWPORT_H // factor, VIEWPORT_W // factor), np.uint8)
-        self.behind_cloth, self.cloth = None, {}  # number of objects -> small pixels of the strip with the flags' cloth
+        self.behind_cloth = None  # full pixels of the strip in which the flags' cloth hangs, without it
+        self.cloth = {}  # number of objects -> small pixels of that strip
 
     def start(self, lander):
         """Draw the terrain of a new episode."""

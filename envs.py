@@ -1,4 +1,4 @@
-"""LunarLander-v3 seen as frames: drawing, action repeat, frame stack, many landers per worker.
+"""LunarLander-v3 seen as frames (camera.py draws them): action repeat, frame stack, many landers per worker.
 
     from envs import make_vector_env
     envs = make_vector_env(num_envs=32, num_workers=2, seed=1)
@@ -15,7 +15,6 @@ Nothing here imports torch: AsyncVectorEnv's workers start by importing this mod
 import atexit
 import ctypes
 import math
-import multiprocessing
 import os
 import pickle
 import shutil
@@ -45,6 +44,7 @@ from gymnasium.envs.box2d.lunar_lander import (
     VIEWPORT_W,
     LunarLander,
 )
+from gymnasium.error import AlreadyPendingCallError
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from gymnasium.vector.async_vector_env import AsyncState
 from gymnasium.vector.utils import read_from_shared_memory
@@ -246,24 +246,17 @@ class RenderedLander(Lander):
 
 
 class LanderGroup(gym.Env):
-    """Several landers stepped in turn, as one environment of AsyncVectorEnv.
+    """Several landers stepped in turn; what a worker plays.
 
     A worker costs two context switches a step however little it does, so each worker plays many landers. The group
     begins its own new episodes: the observation after an ending is the first of the next episode, and the last one of
-    a truncated episode travels in `info["final_frames"]`. `prepare` begins episodes ahead of time.
+    a truncated episode travels in `info["final_frames"]`. `prepare` begins episodes ahead of time. The observation
+    space names all that `_work` shares with the trainer; of it, `reset` and `step` return the frames.
     """
 
     COUNTS = ("env_frames", "episode_return", "episode_length", "episode_outcome")  # of step's info
 
     def __init__(self, landers, first_index, seed, frame_skip, frame_stack, shrink_factor, color):
-        if multiprocessing.parent_process() and sys.platform == "linux":  # AsyncVectorEnv also makes one in the trainer
-            # No worker outlives its trainer, not even a frozen one. The fork server goes when nobody holds the end of
-            # its pipe that the trainer and every worker have; PR_SET_PDEATHSIG (1) takes the workers along with it.
-            server = forkserver._forkserver
-            if server._forkserver_alive_fd is not None:
-                os.close(server._forkserver_alive_fd)
-                server._forkserver_alive_fd = None
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
         cv2.setNumThreads(0)  # the cores belong to the workers' own processes
         self.settings = frame_skip, frame_stack, shrink_factor, color
         self.landers = [Lander(*self.settings) for _ in range(landers)]
@@ -273,7 +266,7 @@ class LanderGroup(gym.Env):
         self.action_space = gym.spaces.MultiDiscrete([NUM_ACTIONS] * landers)
         frames = gym.spaces.Box(0, 255, (landers, *self.landers[0].stack.frames.shape), np.uint8)
         numbers = gym.spaces.Box(-np.inf, np.inf, (3 + len(self.COUNTS), landers), np.float64)
-        # All that a worker shares with its trainer; the numbers are rewards, terminated, truncated and COUNTS.
+        # The numbers are rewards, terminated, truncated and COUNTS, a row each.
         self.observation_space = gym.spaces.Dict(frames=frames, actions=self.action_space, numbers=numbers)
 
     def _generator(self, i):
@@ -310,8 +303,8 @@ class LanderGroup(gym.Env):
         """
         return [[n, list(lander.actions)] for n, lander in zip(self.episodes, self.landers, strict=True)]
 
-    @state.setter
-    def state(self, state):
+    def rewind(self, state):
+        """Take up `state`."""
         self.spare += self.prepared.values()
         self.prepared.clear()
         for i, (episodes, actions) in enumerate(state):
@@ -321,10 +314,6 @@ class LanderGroup(gym.Env):
             for action in actions:
                 self.landers[i].step(action)
 
-    def rewind(self, state):
-        """Take up `state`."""
-        self.state = state
-
     def reset(self, *, seed=None, options=None):
         for i in range(len(self.landers)):
             self._begin(i)
@@ -333,8 +322,9 @@ class LanderGroup(gym.Env):
     def step(self, actions):
         """One decision each. Returns frames, M times uint8 (K, H, W), and rewards, terminated, truncated, each (M,).
 
-        Where an episode ended (terminated or truncated), info holds episode_return, episode_length (physics steps) and
-        episode_outcome, each (M,), and for truncated episodes final_frames, uint8 (M, K, H, W).
+        info holds env_frames (physics steps played); where an episode ended (terminated or truncated) also
+        episode_return, episode_length (physics steps) and episode_outcome, each (M,), and for truncated episodes
+        final_frames, uint8 (M, K, H, W).
         """
         m = len(self.landers)
         rewards, terminated, truncated = np.zeros(m, np.float32), np.zeros(m, bool), np.zeros(m, bool)
@@ -367,10 +357,19 @@ class WorkerError(Exception):
 def _work(index, make_group, pipe, trainers_end, shared, errors, *_):
     """A worker's life, in place of AsyncVectorEnv's.
 
-    All that a step takes and gives lies in shared memory, to which the frames are copied once, and an empty message
-    asks for it; to pickle and unpickle that would take as long as to draw some pictures. Everything else is asked for
-    and answered as AsyncVectorEnv does. While nothing is asked, episodes are prepared.
+    What a step takes and gives lies in shared memory, to which the frames are copied once, and an empty message asks
+    for it; to pickle and unpickle that would take as long as to draw some pictures. Only the rare final_frames go
+    through the pipe. What else a group of landers needs is asked for and answered as by AsyncVectorEnv. While nothing
+    is asked, episodes are prepared.
     """
+    if sys.platform == "linux":
+        # No worker outlives its trainer, not even a frozen one. The fork server goes when nobody holds the end of its
+        # pipe that the trainer and every worker have; PR_SET_PDEATHSIG (1) takes the workers along with it.
+        server = forkserver._forkserver
+        if server._forkserver_alive_fd is not None:
+            os.close(server._forkserver_alive_fd)
+            server._forkserver_alive_fd = None
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     group = make_group()
     trainers_end.close()
     try:
@@ -406,6 +405,8 @@ def _work(index, make_group, pipe, trainers_end, shared, errors, *_):
     except Exception as error:
         errors.put((index, type(error), str(error), traceback.format_exc()))
         pipe.send((None, False))
+        with suppress(EOFError, OSError):
+            pipe.recv_bytes()  # if nothing was asked, the answer waits for the next question
 
 
 class LanderVectorEnv(AsyncVectorEnv):
@@ -454,7 +455,13 @@ class LanderVectorEnv(AsyncVectorEnv):
 
     def step(self, actions):
         """As LanderGroup.step; info holds all counts at every step, and final_frames where there are any."""
-        self.observations["actions"][:] = actions
+        places = self.observations["actions"]
+        if np.shape(actions) != places.shape:
+            raise ValueError(f"actions of shape {np.shape(actions)}, not {places.shape}")
+        if self._state != AsyncState.DEFAULT:
+            raise AlreadyPendingCallError("a step was interrupted; its answers would pass for this one's", "step")
+        self._state = AsyncState.WAITING_STEP
+        places[:] = actions
         with self._told(self.patience) as patience:
             for pipe in self.parent_pipes:
                 pipe.send_bytes(b"")
@@ -462,6 +469,7 @@ class LanderVectorEnv(AsyncVectorEnv):
                 raise TimeoutError
             final_frames, successes = zip(*[pipe.recv() for pipe in self.parent_pipes], strict=True)
             self._raise_if_errors(successes)
+        self._state = AsyncState.DEFAULT
         rewards, terminated, truncated, *counts = self.observations["numbers"].swapaxes(0, 1).copy()
         info = dict(zip(LanderGroup.COUNTS, counts, strict=True))
         if any(frames is not None for frames in final_frames):
@@ -516,10 +524,11 @@ def _spread(processes):
         return
     cores = sorted(os.sched_getaffinity(0))
     for i, process in enumerate(processes):
-        with suppress(OSError):  # it has died, which its next step will tell
-            os.sched_setscheduler(process.pid, os.SCHED_BATCH, os.sched_param(0))  # it waits its turn when it wakes
-            if len(processes) % len(cores) == 0:
+        if len(processes) % len(cores) == 0:
+            with suppress(OSError):  # it has died, which its next step will tell
                 os.sched_setaffinity(process.pid, {cores[i % len(cores)]})
+        with suppress(OSError):  # or this is not allowed here
+            os.sched_setscheduler(process.pid, os.SCHED_BATCH, os.sched_param(0))  # it waits its turn when it wakes
 
 
 def _check_shared_memory(size):

@@ -58,12 +58,14 @@ def channels_last(pictures):
     return pictures.contiguous(memory_format=torch.channels_last).float()  # moved while a pixel is still one byte
 
 
-def take(pictures, rows, mirrored):
+def take(pictures, rows, mirrored=None):
     """pictures[rows], seen in the mirror where `mirrored`. uint8 (N, C, h, w), int64 (B,), bool (B,) -> (B, C, h, w).
 
     index_select copies whole rows, where indexing and torch.where go byte by byte and take ten times as long.
     """
     pictures = pictures.index_select(0, rows)
+    if mirrored is None:
+        return pictures
     both = torch.cat([pictures, pictures.flip(3)])
     return both.index_select(0, torch.arange(len(rows), device=rows.device) + len(rows) * mirrored)
 
@@ -240,7 +242,8 @@ class CNN(Policy):
 
     def forward(self, seen, stacks):
         mirrored = self.mirrored(seen, stacks)
-        pictures = take(seen["pictures"], stacks.flatten(), mirrored.repeat_interleave(self.stack))
+        turned = mirrored.repeat_interleave(self.stack) if self.options.mirror else None
+        pictures = take(seen["pictures"], stacks.flatten(), turned)
         pictures = pictures.view(len(stacks), -1, *self.picture_size)  # (B, S * planes, h, w)
         pictures = channels_last(pictures).div_(255).sub_(0.25)
         what = self.what(self.convs(pictures)).float()

@@ -4,9 +4,10 @@
 
 Each part is measured by itself, for as many decisions as one update has: physics, and physics with drawing, in
 env.num_workers processes at once that talk to nobody; the same landers behind their workers, whose surplus is waking
-and transport; `collect` on landers that answer at once, which is inference; `update`. The floor beside it: gymnasium's
-own LunarLander.step, and nothing else, on every core; the network's multiply-adds at the fastest that this machine
-multiplies matrices of the same type. Random actions; a policy that crashes less often resets less often.
+and transport, less what they save by beginning episodes while they wait; `collect` on landers that answer at once,
+which is inference; `update`. The floor beside it: gymnasium's own LunarLander.step, and nothing else, on every core;
+the network's multiply-adds at the fastest that this machine multiplies matrices of the same type. Random actions; a
+policy that crashes less often resets less often.
 """
 
 import os

@@ -44,17 +44,17 @@ class Watch(train.SignalWatch):
 
 def polls(vector_env, seconds):
     """Clock what a step spends on its time limit: asking each pipe before it is read, once all answers are there."""
-    wait = vector_env.step_wait
+    ask = vector_env._poll_pipe_envs
 
-    def step_wait(timeout=None):
+    def answered(timeout):
         for pipe in vector_env.parent_pipes:  # the workers' own time, which is no cost of watching
             pipe.poll(timeout)
         start = time.perf_counter()
-        vector_env._poll_pipe_envs(timeout)
+        done = ask(timeout)
         seconds["watching workers"] += time.perf_counter() - start
-        return wait(timeout=timeout)
+        return done
 
-    vector_env.step_wait = step_wait
+    vector_env._poll_pipe_envs = answered
 
 
 def main():

@@ -35,7 +35,7 @@ from torch import nn
 from torch.distributions import Categorical
 
 from config import load_config
-from models import POLICIES, Policy, channels_last, orthogonal
+from models import POLICIES, Policy, channels_last, orthogonal, take
 from train import Trainer
 
 LANDERS, STEPS, FRAME_SKIP, FACTOR, EPOCHS, MINIBATCH, UNITS = 16, 128, 4, 8, 4, 512, 256
@@ -128,7 +128,7 @@ class NatureCNN(Policy):
         self.actor, self.critic = orthogonal(nn.Linear(UNITS, 4), 0.01), orthogonal(nn.Linear(UNITS, 1), 1.0)
 
     def forward(self, seen, stacks):
-        pictures = seen["pictures"].index_select(0, stacks.flatten()).view(len(stacks), -1, *self.picture_size)
+        pictures = take(seen["pictures"], stacks.flatten()).view(len(stacks), -1, *self.picture_size)
         pictures = channels_last(pictures).div_(255)  # (B, 4, h, w)
         hidden = self.network(pictures).float()
         return self.actor(hidden), self.critic(hidden)[:, 0]

@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from torch import nn
 
 from checkpoint import save_config
 from config import ConfigError, load_config
-from envs import ENV_ID, EVALUATION_SEED, OUTCOMES, TRAINING_SEEDS, LanderVectorEnv
+from envs import ENV_ID, EVALUATION_SEED, OUTCOMES, TRAINING_SEEDS
 from evaluate import print_report, summarize
 from models import orthogonal
 from tracking import Metrics, machine_tags
@@ -60,7 +60,7 @@ class StateLander:
 
 
 class StateLanders(gym.Env):
-    """Several of them as one environment of AsyncVectorEnv, as envs.LanderGroup is for frames: states (M, 8)."""
+    """Several of them as one environment of AsyncVectorEnv, much as envs.LanderGroup: states (M, 8)."""
 
     def __init__(self, landers, first_index, seed, frame_skip):
         self.landers = [StateLander(frame_skip) for _ in range(landers)]
@@ -132,7 +132,7 @@ def train(config, folder):
     policy, landers = StatePolicy(), env.num_envs // env.num_workers
     optimizer = torch.optim.Adam(policy.parameters(), lr=ppo.learning_rate, eps=ppo.adam_eps)
     groups = [partial(StateLanders, landers, w * landers, seed, env.frame_skip) for w in range(env.num_workers)]
-    envs = LanderVectorEnv(groups, copy=False, context="forkserver", autoreset_mode=AutoresetMode.DISABLED)
+    envs = AsyncVectorEnv(groups, copy=False, context="forkserver", autoreset_mode=AutoresetMode.DISABLED)
     states = torch.from_numpy(envs.reset()[0]).flatten(0, 1).clone()  # (N, 8)
     rollout = Rollout.empty(ppo.num_steps, env.num_envs, 1, policy.look(states))
     metrics, recent, frames, late, start = Metrics(folder / "metrics.csv"), deque(maxlen=100), 0, False, time.time()

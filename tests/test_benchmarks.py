@@ -1,10 +1,11 @@
-"""The scripts under benchmarks/ take too long for a test; that each of them still starts is tested."""
+"""Scripts under benchmarks/ take too long for a test; that each starts, and that the yardstick trains, is tested."""
 
 import subprocess
 import sys
 
 import pytest
 
+from plot import read_metrics
 from runs import ROOT
 
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
@@ -15,3 +16,15 @@ def test_benchmark_starts(script, tmp_path):
     done = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: {script.name}")
+
+
+def test_yardstick_trains(tmp_path):
+    code = (
+        "import sys, pathlib; sys.path[:0] = sys.argv[1:3]\n"
+        "from config import load_config; from yardstick import train\n"
+        "config = load_config(None, ['ppo.total_frames=3000', 'env.num_envs=4', 'ppo.num_steps=64'])\n"
+        "train(config, pathlib.Path(sys.argv[3]))\n")
+    subprocess.run([sys.executable, "-c", code, ROOT, ROOT / "benchmarks", tmp_path], check=True)
+    table = read_metrics(tmp_path)
+    assert table["frames"][-1] >= 3000
+    assert -2000 < table["rollout/return_mean"][-1] < 300

@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 from gymnasium.envs.box2d.lunar_lander import heuristic
+from gymnasium.error import AlreadyPendingCallError
 
 from envs import (
     ENV_ID,
@@ -291,6 +292,49 @@ def test_frames_that_do_not_fit_into_shared_memory_are_said_before_anything_star
 def test_raising_worker_is_named_with_its_cause(pair):
     with pytest.raises(WorkerError, match="worker 1 raised AssertionError: 9"):
         pair.step(np.array([[0, 0], [0, 9]]))
+
+
+def test_worker_that_raises_while_nothing_is_asked_is_named_with_its_cause(monkeypatch):
+    monkeypatch.setattr("envs.partial", lambda *args, **settings: FailsWhenIdle())
+    with pytest.raises(WorkerError, match=r"worker \d raised ArithmeticError: no such episode"):
+        envs = make_vector_env(num_envs=4, num_workers=2, **SETTINGS)
+        try:
+            envs.reset()
+            for process in envs.processes:
+                process.join(1)  # time to fail in
+            envs.step(np.zeros((2, 2), int))
+        finally:
+            envs.close()
+
+
+class FailsWhenIdle:
+    def __call__(self):
+        group = LanderGroup(2, 0, 0, **SETTINGS)
+        prepare, count = group.prepare, iter(range(100))
+
+        def fail_at_the_fourth(i):
+            if next(count) == 3:  # two for the first episodes, and those after them when nothing is asked
+                raise ArithmeticError("no such episode")
+            prepare(i)
+
+        group.prepare = fail_at_the_fourth
+        return group
+
+
+def test_interrupted_step_is_not_taken_for_the_next_one(pair, monkeypatch):
+    def interrupt(patience):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pair, "_poll_pipe_envs", interrupt)
+        pair.step(np.zeros((2, 2), int))
+    with pytest.raises(AlreadyPendingCallError, match="interrupted"):
+        pair.step(np.zeros((2, 2), int))
+
+
+def test_actions_are_one_per_lander(pair):
+    with pytest.raises(ValueError, match=r"actions of shape \(2,\), not \(2, 2\)"):
+        pair.step(np.zeros(2, int))
 
 
 def test_worker_that_cannot_start(monkeypatch):

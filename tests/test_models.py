@@ -113,6 +113,7 @@ def test_pictures_are_taken_as_they_are_or_in_the_mirror():
     pictures = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 2, 3, 4), dtype=np.uint8))
     taken = take(pictures, torch.tensor([4, 0, 4]), torch.tensor([True, False, False]))
     assert torch.equal(taken, torch.stack([pictures[4].flip(2), pictures[0], pictures[4]]))
+    assert torch.equal(take(pictures, torch.tensor([4, 0])), pictures[[4, 0]])
 
 
 @pytest.mark.parametrize("name", POLICIES)
