@@ -46,10 +46,15 @@ class View(NamedTuple):
 
 @cache
 def _shapes():
-    """Corners of body and legs in metres, each about its own origin, alike in all landers: float32 (V, 2) per body."""
+    """Body and legs, alike in all landers: corners in metres from the origin of their own body, float32 (V, 2); these
+    turned by a quarter; how many corners each body has; and which these are, as slices.
+    """
     lander = LunarLander()
     lander.reset(seed=0)
-    return [np.array(body.fixtures[0].shape.vertices, np.float32) for body in lander.drawlist]
+    shapes = [np.array(body.fixtures[0].shape.vertices, np.float32) for body in lander.drawlist]
+    vertices, sizes = np.concatenate(shapes), [len(shape) for shape in shapes]
+    across = vertices[:, ::-1] * np.array([-1, 1], np.float32)
+    return vertices, across, sizes, [slice(*ends) for ends in pairwise(accumulate(sizes, initial=0))]
 
 
 def views(landers):
@@ -58,6 +63,7 @@ def views(landers):
     A corner is what `transform * vertex * SCALE` gives, in float32 and in Box2D's order of operations, but for all
     landers at once: to ask Box2D for one corner after the other takes longer than to draw them.
     """
+    vertices, across, sizes, bodies = _shapes()
     poses, spots, starts = [], [], []  # flat: cos, sin, x, y of each body; x, y of each particle
     for lander in landers:
         for body in lander.drawlist:
@@ -69,10 +75,7 @@ def views(landers):
         for particle in lander.particles:
             place = particle.position
             spots += place.x, place.y
-    sizes = [len(shape) for shape in _shapes()]
     poses = np.array(poses, np.float32).reshape(len(landers), len(sizes), 4).repeat(sizes, 1)  # (landers, V, 4)
-    vertices = np.concatenate(_shapes())
-    across = vertices[:, ::-1] * np.array([-1, 1], np.float32)
     corners = (poses[..., :1] * vertices + poses[..., 1:2] * across + poses[..., 2:]) * SCALE  # (landers, V, 2)
     spots = np.array(spots, np.float32).reshape(-1, 2) * SCALE
     low, high = corners.min(1), corners.max(1)
@@ -80,7 +83,6 @@ def views(landers):
     low = np.minimum(low, np.minimum.reduceat(spots, starts))
     high = np.maximum(high, np.maximum.reduceat(spots, starts))
     boxes = np.concatenate([low, high], 1).tolist()
-    bodies = [slice(*ends) for ends in pairwise(accumulate(sizes, initial=0))]
     outlines = [[own[body] for body in bodies] for own in corners.tolist()]
     spots = spots.tolist()
     flames = [spots[start + 1 : end] for start, end in pairwise([*starts, len(spots)])]
