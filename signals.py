@@ -38,6 +38,11 @@ class SignalWatch:
             raise Interrupted(self.received)
 
     def check_all(self):
-        """A signal to any process is one to all: they stop at the same boundary."""
-        self.received = next(filter(None, self.world.gather(self.received)), None)
-        self.check()
+        """A signal to any process is one to all: they stop at the same boundary.
+
+        One that comes while they tell each other is not yet known to all, and counts at the next boundary.
+        """
+        told = next(filter(None, self.world.gather(self.received)), None)
+        self.received = told or self.received
+        if told:
+            self.check()

@@ -594,6 +594,7 @@ def train(trainer, tracker, watch):
                     f"the last checkpoint could not be saved ({error.strerror}); those in {trainer.folder}/checkpoints "
                     "are older") from None
     watch.patient = False
+    watch.check()  # for what came after the last boundary
 
 
 def record(trainer, tracker, metrics, say):

@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "cnn.yaml"
+HELD = ROOT / "tests" / "held.py"
 TINY = [
     "env.num_envs=4", "ppo.num_steps=32", "ppo.num_minibatches=2", "ppo.total_frames=3000", "evaluation.interval=2000",
     "evaluation.selection_episodes=2", "evaluation.episodes=2", "evaluation.videos=1", "model.features=32",
@@ -33,10 +34,16 @@ def run(folder, *args, ok=True, **environment):
     return done
 
 
-def start(folder, *args):
+def start(folder, *args, held=None):
+    """`held`: after how many updates the run waits for `go`, see held.py."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(command(*args), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    words = command(*args) if held is None else [sys.executable, HELD, str(held), *map(str, args)]
+    return subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             start_new_session=True, env=environment)
+
+
+def go(folder, held):
+    (folder / f"go-{held}").touch()
 
 
 @contextmanager
@@ -59,13 +66,21 @@ def without_speed(table):
     return [{key: value for key, value in row.items() if not key.startswith("speed/")} for row in table]
 
 
-def wait_for_rows(process, folder, count, seconds=300):  # a limit for what hangs, not for what is slow
+def wait(process, condition, seconds):
     for _ in range(20 * seconds):
-        if (folder / "metrics.csv").exists() and len(rows(folder)) >= count:
+        if condition():
             return
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
     pytest.fail("no progress")
+
+
+def wait_for_rows(process, folder, count, seconds=300):  # a limit for what hangs, not for what is slow
+    wait(process, lambda: (folder / "metrics.csv").exists() and len(rows(folder)) >= count, seconds)
+
+
+def wait_until_held(process, folder, held, processes=1, seconds=300):
+    wait(process, lambda: all((folder / f"held-{held}-{rank}").exists() for rank in range(processes)), seconds)
 
 
 def workers_of(process):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from checkpoint import load_checkpoint
-from runs import CONFIG, ROOT, TINY, only_run, rows, run, wait_for_rows, without_speed
+from runs import CONFIG, HELD, ROOT, TINY, go, only_run, rows, run, wait_until_held, without_speed
 
 SETTINGS = ["--config", CONFIG, *TINY, "env.num_workers=1", "evaluation.episodes=0", "ppo.num_steps=16"]
 QUIET = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -53,22 +53,7 @@ def test_first_update_of_two_processes_is_that_of_one_with_twice_the_landers(tmp
 def whole_run(tmp_path_factory):
     """A short run of two processes that nothing disturbed; each leaves its last weights beside it."""
     folder = tmp_path_factory.mktemp("many")
-    script = folder / "keep_weights.py"
-    script.write_text(f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import torch, train
-
-class Trainer(train.Trainer):
-    def close(self):
-        torch.save(self.policy.state_dict(), f"weights-{{self.world.rank}}")
-        super().close()
-
-if __name__ == "__main__":
-    train.Trainer = Trainer
-    train.main()
-""")
-    ended(torchrun(folder, script, *SETTINGS, "run.name=whole"))
+    ended(torchrun(folder, HELD, "", *SETTINGS, "run.name=whole"))
     return folder
 
 
@@ -94,19 +79,21 @@ def test_two_processes_make_one_run(whole_run):
 
 
 def test_stopped_and_killed_it_goes_on_bit_for_bit(whole_run, tmp_path):
-    here, script = tmp_path / "runs" / "hurt", ROOT / "train.py"
-    process = torchrun(tmp_path, script, *SETTINGS, "run.name=hurt", "tracking.mlflow=false")
-    wait_for_rows(process, here, 2, seconds=180)
+    here = tmp_path / "runs" / "hurt"
+    process = torchrun(tmp_path, HELD, 2, *SETTINGS, "run.name=hurt", "tracking.mlflow=false")
+    wait_until_held(process, tmp_path, 2, processes=2)
     trainers(process)[1].terminate()  # a signal to one is a signal to all
+    go(tmp_path, 2)
     output = ended(process, expected=1)
     assert "SIGTERM: saved; go on with: torchrun --standalone --nproc_per_node=2 train.py --resume runs/hurt" in output
     saved = load_checkpoint(here)["counters"]["env_frames"]
     assert saved == int(rows(here)[-1]["frames"])
 
-    process = torchrun(tmp_path, script, "--resume", "latest")
-    wait_for_rows(process, here, len(rows(here)) + 2, seconds=180)
+    process = torchrun(tmp_path, HELD, 4, "--resume", "latest")
+    wait_until_held(process, tmp_path, 4, processes=2)
     children = psutil.Process(process.pid).children(recursive=True)
     trainers(process)[1].kill()
+    go(tmp_path, 4)
     output = ended(process, expected=1)
     assert re.search("another process of this training ended|SIGTERM: saved", output), output
     assert psutil.wait_procs(children, timeout=20)[1] == []
@@ -117,7 +104,7 @@ def test_stopped_and_killed_it_goes_on_bit_for_bit(whole_run, tmp_path):
     (line,) = alone.stderr.strip().splitlines()
     assert "of 2 process(es), but 1 were started; go on with: torchrun" in line
 
-    ended(torchrun(tmp_path, script, "--resume", "latest"))
+    ended(torchrun(tmp_path, ROOT / "train.py", "--resume", "latest"))
     assert without_speed(rows(here)) == without_speed(rows(whole_run / "runs" / "whole"))
     resumed, whole = load_checkpoint(here), load_checkpoint(whole_run / "runs" / "whole")
     assert resumed["landers"] == whole["landers"]

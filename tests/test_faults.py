@@ -17,7 +17,21 @@ import torchvision
 import train
 from checkpoint import load_checkpoint, load_policy
 from config import load_config
-from runs import BARE, CONFIG, TINY, command, no_room, only_run, rows, run, start, wait_for_rows, workers_of
+from runs import (
+    BARE,
+    CONFIG,
+    TINY,
+    command,
+    go,
+    no_room,
+    only_run,
+    rows,
+    run,
+    start,
+    wait_for_rows,
+    wait_until_held,
+    workers_of,
+)
 
 UNLIMITED = (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY)
 
@@ -34,14 +48,15 @@ def refused(folder, *args, **environment):
 def test_full_disk(lifted, tmp_path):
     """A limit on the size of files stands in for the disk: checkpoints no longer fit, metrics.csv does."""
     here = tmp_path / "runs" / "full"
-    process = start(tmp_path, "--config", CONFIG, "run.name=full", *TINY, *BARE, "ppo.total_frames=6000")
-    wait_for_rows(process, here, 3)
+    process = start(tmp_path, "--config", CONFIG, "run.name=full", *TINY, *BARE, "ppo.total_frames=6000", held="3,6")
+    wait_until_held(process, tmp_path, 3)
     process_limits = psutil.Process(process.pid)
     process_limits.rlimit(psutil.RLIMIT_FSIZE, (100_000, psutil.RLIM_INFINITY))
-    saved = len(rows(here))
-    wait_for_rows(process, here, saved + 3)
+    go(tmp_path, 3)
+    wait_until_held(process, tmp_path, 6)
     if lifted:
         process_limits.rlimit(psutil.RLIMIT_FSIZE, UNLIMITED)
+    go(tmp_path, 6)
     output = process.communicate(timeout=120)[0]
     assert "checkpoint not saved (File too large); training goes on and will try again" in output
     assert "Traceback" not in output
@@ -132,10 +147,11 @@ def test_second_interrupt_leaves_at_once(tmp_path):
 
 
 def test_frozen_worker_is_replaced(tmp_path):
-    process = start(tmp_path, "--config", CONFIG, "run.name=x", *TINY, *BARE)
-    wait_for_rows(process, tmp_path / "runs" / "x", 2)
+    process = start(tmp_path, "--config", CONFIG, "run.name=x", *TINY, *BARE, held=2)
+    wait_until_held(process, tmp_path, 2)
     frozen = workers_of(process)[1]
     frozen.suspend()
+    go(tmp_path, 2)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 0, output
     assert re.search(r"worker \d did not answer for 15 s; going on with new workers", output)
@@ -231,11 +247,13 @@ def test_lost_server_costs_no_training_and_the_gap_is_told(tmp_path):
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.2)
-        process = start(tmp_path, "--config", CONFIG, "run.name=x", *TINY, f"tracking.uri=http://127.0.0.1:{port}")
-        wait_for_rows(process, tmp_path / "runs" / "x", 3)
+        uri = f"tracking.uri=http://127.0.0.1:{port}"
+        process = start(tmp_path, "--config", CONFIG, "run.name=x", *TINY, uri, held=3)
+        wait_until_held(process, tmp_path, 3)
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
+    go(tmp_path, 3)
     output = process.communicate(timeout=200)[0]
     assert process.returncode == 0, output
     assert re.search(r"MLflow lacks the last \d+ updates; runs/x/metrics\.csv has them", output)

@@ -217,6 +217,21 @@ def test_a_closed_terminal_ends_a_run_in_order():
         watch.check()
 
 
+def test_a_signal_that_comes_while_processes_tell_each_other_is_not_lost():
+    class Others:
+        size = 2
+
+        def gather(self, received):
+            signal.raise_signal(signal.SIGTERM)  # between asking and answering
+            return [received, None]
+
+    watch = SignalWatch(Others())
+    watch.patient = True
+    watch.check_all()  # the other process has not heard of it, and would wait for this one
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        watch.check_all()
+
+
 def test_lock_ends_with_its_block(tmp_path):
     for _ in range(2):
         with locked(tmp_path), pytest.raises(ConfigError, match="another process"), locked(tmp_path):

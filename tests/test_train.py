@@ -10,7 +10,20 @@ import pytest
 import torch
 
 from checkpoint import load_checkpoint
-from runs import CONFIG, ROOT, TINY, only_run, rows, run, start, wait_for_rows, without_speed, workers_of
+from runs import (
+    CONFIG,
+    ROOT,
+    TINY,
+    go,
+    only_run,
+    rows,
+    run,
+    start,
+    wait_for_rows,
+    wait_until_held,
+    without_speed,
+    workers_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +76,11 @@ def test_same_seed_same_numbers(whole_run, tmp_path):
 def test_resumed_run_equals_the_run_that_was_never_stopped(number, whole_group, whole_run, tmp_path):
     folder, _ = whole_run
     here = tmp_path / "runs" / "stopped"
-    process = start(tmp_path, "--config", CONFIG, "run.name=stopped", *TINY)
-    wait_for_rows(process, here, 3)
+    process = start(tmp_path, "--config", CONFIG, "run.name=stopped", *TINY, held=3)
+    wait_until_held(process, tmp_path, 3)
     children = psutil.Process(process.pid).children(recursive=True)
     (os.killpg if whole_group else os.kill)(process.pid, number)
+    go(tmp_path, 3)
     output = process.communicate(timeout=60)[0]
     if number == signal.SIGKILL:
         assert process.returncode == -number
@@ -92,11 +106,12 @@ def test_resumed_run_equals_the_run_that_was_never_stopped(number, whole_group, 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_worker_is_replaced_and_changes_nothing(number, whole_run, tmp_path):
     folder, _ = whole_run
-    process = start(tmp_path, "--config", CONFIG, "run.name=hurt", "tracking.mlflow=false", *TINY)
-    wait_for_rows(process, tmp_path / "runs" / "hurt", 2)
+    process = start(tmp_path, "--config", CONFIG, "run.name=hurt", "tracking.mlflow=false", *TINY, held=2)
+    wait_until_held(process, tmp_path, 2)
     workers = workers_of(process)
     assert len(workers) == 2
     workers[0].send_signal(number)
+    go(tmp_path, 2)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 0, output
     assert re.search(rf"worker \d died, exit code -{int(number)}; going on with new workers", output)

@@ -1,0 +1,39 @@
+"""train.py, held before some updates, so that what a test does to it comes in time however fast the machine is.
+
+    python held.py 3,6 --config ...
+
+holds before what would be the fourth and the seventh update of the run, says so by a file held-3-RANK, or held-6-RANK,
+in the working folder, and waits for a file go-3, or go-6. Of many processes each leaves its last weights there, as
+weights-RANK.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+import train
+
+
+class Trainer(train.Trainer):
+    def update_once(self):
+        updates = self.counters["updates"]
+        if updates in held:
+            Path(f"held-{updates}-{self.world.rank}").touch()
+            while not Path(f"go-{updates}").exists():
+                time.sleep(0.02)
+        return super().update_once()
+
+    def close(self):
+        if self.world.size > 1:
+            torch.save(self.policy.state_dict(), f"weights-{self.world.rank}")
+        super().close()
+
+
+if __name__ == "__main__":
+    held = set(map(int, filter(None, sys.argv[1].split(","))))
+    train.Trainer = Trainer
+    train.main(sys.argv[2:])
