@@ -23,8 +23,12 @@ class Trainer(train.Trainer):
         updates = self.counters["updates"]
         if updates in held:
             Path(f"held-{updates}-{self.world.rank}").touch()
-            while not Path(f"go-{updates}").exists():
+            for _ in range(50 * 300):  # a test that failed meanwhile leaves no process behind
+                if Path(f"go-{updates}").exists():
+                    break
                 time.sleep(0.02)
+            else:
+                raise TimeoutError(f"no go-{updates}")
         return super().update_once()
 
     def close(self):

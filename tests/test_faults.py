@@ -28,6 +28,7 @@ from runs import (
     rows,
     run,
     start,
+    wait,
     wait_for_rows,
     wait_until_held,
     workers_of,
@@ -90,11 +91,8 @@ def test_interrupt_during_the_start(tmp_path):
 
     for begun in (loads_torch, lambda process: psutil.Process(process.pid).children()):
         process = start(tmp_path, "--config", CONFIG, "run.name=x", *TINY, *BARE)
-        deadline = time.monotonic() + 60
         time.sleep(0.5)
-        while not begun(process):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait(process, lambda begun=begun, process=process: begun(process), seconds=60)
         time.sleep(0.2)
         children = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGINT)
@@ -108,9 +106,7 @@ def test_final_score_that_is_stopped_or_killed_is_done_again(tmp_path):
     here, long = tmp_path / "runs" / "x", "evaluation.episodes=20000"
     process = start(tmp_path, "--config", CONFIG, "run.name=x", *TINY, "evaluation.videos=0", long)
     for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
-        while not (here / "curves.png").exists():
-            assert process.poll() is None, process.stdout.read()
-            time.sleep(0.05)
+        wait(process, (here / "curves.png").exists, seconds=300)
         time.sleep(0.5)
         (here / "curves.png").unlink()
         table = rows(here)
@@ -131,10 +127,8 @@ def test_final_score_that_is_stopped_or_killed_is_done_again(tmp_path):
 
 def test_second_interrupt_leaves_at_once(tmp_path):
     process = start(tmp_path, "--config", CONFIG, "run.name=x", *TINY, *BARE, "ppo.num_steps=2048", "env.num_envs=8")
-    deadline = time.monotonic() + 60
-    while len(workers_of(process)) < 2 or not (tmp_path / "runs" / "x" / "machine.json").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    started = tmp_path / "runs" / "x" / "machine.json"
+    wait(process, lambda: len(workers_of(process)) >= 2 and started.exists(), seconds=60)
     time.sleep(1)  # now in the first, long rollout
     workers = workers_of(process)
     os.killpg(process.pid, signal.SIGINT)
