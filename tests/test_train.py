@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 
 import psutil
 import pytest
@@ -174,3 +176,22 @@ def test_learning_shows_in_a_minute(tmp_path):
     first, last = float(table[2]["rollout/return_mean"]), float(table[-1]["rollout/return_mean"])
     assert first < -100
     assert last > first + 100
+
+
+def test_freed_memory_is_kept_for_the_next_minibatch():
+    faults = """
+import resource, torch
+from train import keep_freed_memory
+torch.set_num_threads(1)
+keep_freed_memory()
+def minibatch():
+    [torch.ones(2**22) for _ in range(4)]  # 64 MiB, freed at once
+for _ in range(3):
+    minibatch()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    minibatch()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run([sys.executable, "-c", faults], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100  # of 160,000 pages; pages that the kernel had to clear
