@@ -280,7 +280,7 @@ class Temporal(Policy):
     class Options(Policy.Options):
         width: int = Field(128, ge=1, description="size of a step's embedding; a multiple of heads")
         layers: int = Field(2, ge=1, description="Transformer layers over time")
-        heads: int = Field(4, ge=1, description="attention heads")
+        heads: int = Field(4, ge=1, validate_default=True, description="attention heads")
 
         @field_validator("heads")
         @classmethod

@@ -67,6 +67,7 @@ def test_overrides_win_and_numbers_are_numbers(tmp_path):
     ("env:\n  shrink_factor: 40\n", ["env.shrink_factor=40", "20, 25"]),
     ("model:\n  features: true\n", ["model.features=True", "number"]),
     ("model:\n  name: transformer\n  spatial_width: 66\n", ["model.spatial_width=66", "multiple of heads=4"]),
+    ("model:\n  name: transformer\n  width: 130\n", ["model.heads=4", "must divide width=130"]),
     ("model:\n  name: transformer\n  width: 129\n  heads: 3\n", ["model.spatial_width=64", "heads=3"]),
     ("env:\n  num_envs: 33\n", ["env.num_envs=33", "multiple of env.num_workers=2", "32 or 34"]),
     ("ppo:\n  num_minibatches: 7\n", ["ppo.num_minibatches=7", "2048", "4, 8"]),
