@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -20,11 +21,12 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoint import POLICY_FILE, CheckpointError, load_policy
+from checkpoint import POLICY_FILE, CheckpointError, load_checkpoint, load_policy
 from config import ConfigError, load_config
 from envs import EVALUATION_SEED, VIEWPORT_H, VIEWPORT_W, RenderedLander
 from evaluate import VideoRecorder, play, write_gif
 from plot import SOLVED, PlotError, draw_run, reached, read_metrics
+from run_folder import is_finished
 
 HERE = Path(__file__).parent
 CONFIGS = HERE / "configs"
@@ -92,15 +94,21 @@ def read_json(file, *keys):
     return content
 
 
-def multiply_adds(policy, height, width, decisions=64):
-    """Of one decision while learning, forward only: the mean over successive ones, which share most of their frames."""
+def multiply_adds(policy, height, width, decisions):
+    """Of one decision, forward only: one frame looked at, and its share of a segment of successive ones.
+
+    These share most of their frames, and what encodes frames one by one encodes each once for all of them.
+    """
     frames = torch.zeros(decisions + policy.stack - 1, policy.planes, height, width, dtype=torch.uint8)
     stacks = torch.arange(decisions)[:, None] + torch.arange(policy.stack)
     policy.train()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        policy(policy.look(frames), stacks)
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as looking:
+            seen = policy.look(frames)
+        with FlopCounterMode(display=False) as deciding:
+            policy(seen, stacks)
     policy.eval()
-    return counter.get_total_flops() // 2 // decisions
+    return round((looking.get_total_flops() / len(frames) + deciding.get_total_flops() / decisions) / 2)
 
 
 def command(config, name):
@@ -110,7 +118,8 @@ def command(config, name):
         key: value for key, value in config.flat().items()
         if value != usual.get(key) and key != "run.name" and not key.startswith("tracking.")}
     chosen = {"run.seed": config.run.seed} | chosen
-    return " ".join([f"python train.py --config configs/{name}.yaml", *(f"{k}={v}" for k, v in chosen.items())])
+    words = (f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in chosen.items())  # null, true: as in YAML
+    return " ".join([f"python train.py --config configs/{name}.yaml", *map(shlex.quote, words)])
 
 
 def facts(folder, name=None):
@@ -135,13 +144,16 @@ def facts(folder, name=None):
         "solved_rate": report["solved_rate"],
         "parameters": sum(p.numel() for p in policy.parameters()),
         "multiply_adds": multiply_adds(
-            policy, VIEWPORT_H // config.env.shrink_factor, VIEWPORT_W // config.env.shrink_factor),
+            policy, VIEWPORT_H // config.env.shrink_factor, VIEWPORT_W // config.env.shrink_factor,
+            config.ppo.segment_length),
     }
 
 
 def publish(run, name):
     run, folder = Path(run), HERE / "results" / name
     facts(run, name)  # what is missing or damaged is found out before anything is replaced
+    if not is_finished(load_config(run / "config.yaml"), load_checkpoint(run)):
+        raise PublishError(f"{run}: not trained and scored to its end; the reports may be those of an earlier policy")
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(run / "checkpoints" / POLICY_FILE, folder)
     for file in FILES:

@@ -4,7 +4,8 @@
 
 The policies see the same frames of random play, one lander's successive ones sharing frames as in training. "Chosen" is
 `look` and `forward` for 32 landers at once on one thread, as while collecting; "learned from" is one forward and
-backward pass over minibatches of 256 decisions on all threads, of which an update makes ppo.update_epochs.
+backward pass over a minibatch of 256 decisions, in shuffled segments as in training, on all threads, of which an update
+makes ppo.update_epochs.
 """
 
 import argparse
@@ -18,27 +19,26 @@ import torch
 from breakdown import rate
 
 from checkpoint import build_policy
-from config import load_config
+from config import ConfigError, load_config
 from envs import NUM_ACTIONS, make_vector_env
 from publish import multiply_adds
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-DECISIONS, LANDERS, MINIBATCH = 64, 32, 256
+DECISIONS, LANDERS, MINIBATCH = 64, 32, 256  # a segment's length must divide the first and the last
 
 
 def random_play(config):
-    """Frame stacks of LANDERS landers over DECISIONS decisions, uint8 (T, N, K, H, W)."""
+    """Frame stacks of LANDERS landers, uint8 (T, N, K, H, W), in which there are DECISIONS whole stacks of others."""
     settings = config.env.model_dump() | {"num_envs": LANDERS, "num_workers": 2}
     envs, rng = make_vector_env(seed=0, **settings), np.random.default_rng(0)
     frames = [envs.reset()[0].copy()]
-    while len(frames) < DECISIONS:
+    while len(frames) < DECISIONS + config.env.frame_stack - 1:
         frames.append(envs.step(rng.integers(NUM_ACTIONS, size=envs.action_space.shape))[0].copy())
     envs.close()
     return torch.from_numpy(np.stack(frames)).flatten(1, 2)
 
 
-def measure(path, seconds):
-    config = load_config(path)
+def measure(config, seconds):
     torch.manual_seed(0)
     policy, frames, stack = build_policy(config), random_play(config), config.env.frame_stack
     policy.calibrate(frames.flatten(0, 1)[:: len(frames)])
@@ -46,31 +46,32 @@ def measure(path, seconds):
     with torch.no_grad():
         looked = [policy.look(row) for row in newest]
     seen = {key: torch.cat([row[key] for row in looked]) for key in looked[0]}  # (T * N, ...)
-    rows = torch.arange(stack) + torch.arange(DECISIONS - stack + 1)[:, None]  # (D, S): successive stacks share rows
-    stacks = (rows[:, None] * LANDERS + torch.arange(LANDERS)[:, None]).flatten(0, 1)  # (D * N, S)
-    segments = stacks.unflatten(0, (-1, LANDERS)).transpose(0, 1).flatten(0, 1)  # one lander's decisions together
-    batches = segments.split(MINIBATCH)
+    length = config.ppo.segment_length
+    rows = torch.arange(stack) + torch.arange(DECISIONS)[:, None]  # (D, S): successive stacks share rows
+    stacks = rows[:, None] * LANDERS + torch.arange(LANDERS)[:, None]  # (D, N, S)
+    segments = stacks.transpose(0, 1).reshape(-1, length, stack)  # each of one lander
+    minibatch = segments[torch.randperm(len(segments))[: MINIBATCH // length]].flatten(0, 1)
 
     def choose(step):
         fresh = policy.look(newest[step + stack - 1])
         for key, tensor in fresh.items():
             seen[key][(step + stack - 1) * LANDERS :][:LANDERS] = tensor
-        return policy(seen, stacks[step * LANDERS :][:LANDERS])
+        return policy(seen, stacks[step])
 
     def learn():
-        logits, value = policy(seen, batches[0])
+        logits, value = policy(seen, minibatch)
         policy.zero_grad()
         (logits.square().mean() + value.square().mean()).backward()
 
-    operations = multiply_adds(policy, *frames.shape[-2:])
+    operations = multiply_adds(policy, *frames.shape[-2:], length)
     policy.train()
     learned = MINIBATCH * rate(learn, seconds)
     policy.eval()
     torch.set_num_threads(1)
     with torch.no_grad():
-        for step in range(DECISIONS - stack):  # fill the memory of embeddings
+        for step in range(DECISIONS - 1):  # fill the memory of embeddings
             choose(step)
-        chosen = LANDERS * rate(lambda: choose(DECISIONS - stack), seconds)
+        chosen = LANDERS * rate(lambda: choose(DECISIONS - 1), seconds)
     return sum(p.numel() for p in policy.parameters()), operations, chosen, learned
 
 
@@ -80,14 +81,18 @@ def main():
     parser.add_argument("configs", nargs="*", type=Path, default=defaults)
     parser.add_argument("--seconds", type=float, default=5)
     args = parser.parse_args()
+    try:
+        configs = [(path.stem, load_config(path)) for path in args.configs]
+    except ConfigError as error:
+        sys.exit(f"policies.py: {error}")
     threads = torch.get_num_threads()
     print("| config | parameters | multiply-adds per decision | chosen per second | learned from per second |")
     print("| --- | --- | --- | --- | --- |")
-    for path in args.configs:
+    for name, config in configs:
         torch.set_num_threads(threads)
-        parameters, operations, chosen, learned = measure(path, args.seconds)
+        parameters, operations, chosen, learned = measure(config, args.seconds)
         row = f"{parameters / 1e6:.2f} M | {operations / 1e6:.1f} M | {chosen:,.0f} | {learned:,.0f}"
-        print(f"| {path.stem} | {row} |", flush=True)
+        print(f"| {name} | {row} |", flush=True)
 
 
 if __name__ == "__main__":

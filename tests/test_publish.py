@@ -1,6 +1,7 @@
 """What results/ ships is whole, and says what its own files say."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import publish
-from checkpoint import load_policy
+from checkpoint import load_policy, save_checkpoint
 from config import load_config
 from envs import EVALUATION_SEED
 from evaluate import confidence_interval, play
@@ -56,16 +57,36 @@ def test_code_on_the_result_page_runs(folder, monkeypatch, capsys):
     assert float(capsys.readouterr().out) > -1000
 
 
-def test_publishing_a_run_makes_its_page(tmp_path, monkeypatch):
-    run, here = tmp_path / "runs" / "x", tmp_path / "product"
+@pytest.fixture
+def run(tmp_path):
+    """The folder of the run that the shipped CNN comes from."""
+    run = tmp_path / "runs" / "x"
     (run / "checkpoints").mkdir(parents=True)
     source = ROOT / "results" / "cnn"
     for name in publish.FILES:
         shutil.copy(source / name, run)
     shutil.copy(source / "policy.safetensors", run / "checkpoints")
+    counters(run, load_config(run / "config.yaml").ppo.total_frames)
+    return run
+
+
+def counters(run, frames):
+    state = {"counters": {"env_frames": frames, "scored": 100}}
+    save_checkpoint(run / "checkpoints" / f"{frames:012d}.ckpt", state)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A place to publish in that is not this one."""
+    here = tmp_path / "product"
     (here / "results").mkdir(parents=True)
-    (here / "README.md").write_text(f"before\n{publish.BEGIN}\nold\n{publish.END}\nafter\n")
     monkeypatch.setattr(publish, "HERE", here)
+    return here
+
+
+def test_publishing_a_run_makes_its_page(run, here):
+    source = ROOT / "results" / "cnn"
+    (here / "README.md").write_text(f"before\n{publish.BEGIN}\nold\n{publish.END}\nafter\n")
     publish.main([str(run), "cnn"])
     assert (here / "results" / "cnn" / "README.md").read_text() == (source / "README.md").read_text()
     readme = (here / "README.md").read_text()
@@ -85,20 +106,22 @@ def test_publishing_a_run_makes_its_page(tmp_path, monkeypatch):
     (lambda run: (run / "report.json").write_text((run / "report.json").read_text().replace("100,", "10,", 1)),
      "scored over 100 episodes"),
     (lambda run: (run / "metrics.csv").write_text("frames\n"), "not the metrics of a run"),
+    (lambda run: (run / "config.yaml").write_text("ppo:\n  total_frames: 9000000\n"), "not trained and scored"),
+    (lambda run: next(run.glob("checkpoints/*.ckpt")).unlink(), "checkpoint"),
 ])
-def test_run_that_cannot_be_published_is_one_line_and_replaces_nothing(damage, message, tmp_path, monkeypatch):
-    run, here = tmp_path / "runs" / "x", tmp_path / "product"
-    (run / "checkpoints").mkdir(parents=True)
-    for name in publish.FILES:
-        shutil.copy(ROOT / "results" / "cnn" / name, run)
-    shutil.copy(ROOT / "results" / "cnn" / "policy.safetensors", run / "checkpoints")
-    (here / "results").mkdir(parents=True)
-    monkeypatch.setattr(publish, "HERE", here)
+def test_run_that_cannot_be_published_is_one_line_and_replaces_nothing(damage, message, run, here):
     damage(run)
     with pytest.raises(SystemExit, match=rf"publish\.py: .*{message}") as error:
-        publish.main([str(run), "x"])
+        publish.main([str(run), "cnn"])
     assert "\n" not in str(error.value)
     assert list((here / "results").iterdir()) == []
+
+
+def test_the_command_on_a_page_trains_the_same_again():
+    overrides = ["ppo.late_return=null", "model.mirror=false", "run.device=cuda:0", "run.seed=7"]
+    words = shlex.split(publish.command(load_config(ROOT / "configs" / "cnn.yaml", overrides), "cnn"))
+    assert words[:4] == ["python", "train.py", "--config", "configs/cnn.yaml"]
+    assert load_config(ROOT / words[3], words[4:]) == load_config(ROOT / "configs" / "cnn.yaml", overrides)
 
 
 def test_readme_without_its_marks_is_left_alone(tmp_path, monkeypatch):
