@@ -8,12 +8,16 @@ Each is a `train.py` of its own, runs/NAME-SETTING-seed-N, and a child of one ML
 it was stopped: finished runs are skipped, unfinished ones resumed.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is loaded; SignalWatch takes over
+
 import argparse
 import itertools
 import json
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -62,7 +66,8 @@ class Job:
 
     def start(self, parent, own_log):
         """The process that trains it; in a session of its own, so that Ctrl-C reaches it through this script, once."""
-        may_change = [override for override in self.overrides if override.startswith(RESUMABLE)]
+        may_change = [f"{key}={json.dumps(value)}" for key, value in self.config.flat().items()
+                      if key.startswith(RESUMABLE) and key != "tracking.parent"]
         how = ["--resume", self.folder, *may_change] if self.begun() else ["--config", self.source, *self.overrides]
         self.folder.mkdir(parents=True, exist_ok=True)
         log = open(self.folder / "train.log", "a") if own_log else None  # noqa: SIM115 (its process keeps it)
@@ -158,12 +163,17 @@ def summary(jobs):
         "| --- | --- | --- | --- | --- | --- |"]
     for setting, group in itertools.groupby(jobs, key=lambda job: job.setting):
         done = [job for job in group if job.done()]
-        hits = [hit for hit in (reached(read_metrics(job.folder)) for job in done) if hit]
-        reports = [report for job in done if (report := job.folder / "report.json").exists()]
+        hits, scores = [], []
+        for job in done:
+            try:
+                hits += filter(None, [reached(read_metrics(job.folder))])
+                if job.config.evaluation.episodes:
+                    scores.append(json.loads((job.folder / "report.json").read_text())["return_mean"])
+            except (PlotError, OSError, ValueError, KeyError) as error:  # the others' rows are worth having
+                print(f"{job.folder}: {first_line(error)}", file=sys.stderr)
         lines.append(
             f"| {setting} | {len(done)} | {len(hits)} | {spread([frames / 1e6 for frames, _ in hits], '.2f')} | "
-            f"{spread([seconds / 60 for _, seconds in hits], '.1f')} | "
-            f"{spread([json.loads(report.read_text())['return_mean'] for report in reports], '.0f')} |")
+            f"{spread([seconds / 60 for _, seconds in hits], '.1f')} | {spread(scores, '.0f')} |")
     return "\n".join(lines)
 
 
@@ -205,7 +215,7 @@ def main(argv=None):
                 close_parent(client, parent, status)
     except Interrupted as interruption:  # before anything was started
         sys.exit(interruption.code)
-    except (ConfigError, PlotError, TrackingError, OSError) as error:
+    except (ConfigError, TrackingError, OSError) as error:
         sys.exit(f"sweep.py: {error}")
     print(f"\n{summary(jobs)}\n\n{plot_command(jobs)}")
     if watch.received:

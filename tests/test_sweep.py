@@ -11,8 +11,9 @@ import psutil
 import pytest
 
 import sweep
-from checkpoint import save_checkpoint
+from checkpoint import save_checkpoint, save_config
 from plot import NEEDED, reached
+from run_folder import resume_config
 from runs import CONFIG, ROOT, TINY, rows, wait_for_rows
 from tracking import Metrics
 
@@ -81,7 +82,7 @@ def test_every_combination_is_planned(tmp_path, monkeypatch):
     assert jobs[0].setting == "learning_rate=1e-3 mirror=true"
 
 
-def test_the_summary_tells_when_200_was_reached(tmp_path, monkeypatch):
+def test_the_summary_tells_when_200_was_reached_and_does_without_a_damaged_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     jobs = sweep.plan(CONFIG, "n", ["1", "2", "3"], ["ppo.total_frames=3000000", "evaluation.episodes=0"])
     for job, returns in zip(jobs, ([0, 210, 190], [0, 150, 200], [0, 100, 190]), strict=True):
@@ -94,6 +95,30 @@ def test_the_summary_tells_when_200_was_reached(tmp_path, monkeypatch):
         counters = {"env_frames": 3_000_000, "scored": 0}
         save_checkpoint(job.folder / "checkpoints" / "000003000000.ckpt", {"counters": counters})
     assert sweep.summary(jobs).splitlines()[-1] == "| n | 3 | 2 | 2.50 (2.00 to 3.00) | 2.5 (2.0 to 3.0) | - |"
+    (jobs[0].folder / "metrics.csv").write_text("frames\n")
+    assert sweep.summary(jobs).splitlines()[-1] == "| n | 3 | 1 | 3.00 | 3.0 | - |"
+    assert capsys.readouterr().err.startswith("runs/n-seed-1: ")
+
+
+def test_a_run_goes_on_with_what_its_file_says_now(tmp_path, monkeypatch):
+    """What may change in a begun run may change in the YAML file as well as on the command line."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "c.yaml"
+    file.write_text("ppo:\n  total_frames: 1000\n")
+    (before,) = sweep.plan(file, "n", ["1"], [])
+    (before.folder / "checkpoints").mkdir(parents=True)
+    (before.folder / "checkpoints" / "000000001000.ckpt").touch()
+    save_config(before.config, before.folder / "config.yaml")
+    file.write_text("ppo:\n  total_frames: 2000\n")
+    (job,) = sweep.plan(file, "n", ["1"], ["tracking.uri=sqlite:///a b.db"])
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: started.extend(command))
+    job.start("parent", own_log=False)
+    assert started[2:4] == ["--resume", str(job.folder)]
+    config = resume_config(before.config.model_dump(mode="json"), started[4:])
+    assert config.ppo.total_frames == 2000
+    assert config.tracking.uri == "sqlite:///a b.db"
+    assert config.tracking.parent == "parent"
 
 
 def test_reached():
