@@ -298,14 +298,19 @@ class Tracker:
 
     def _reopen(self):
         """Go on with the MLflow run of a resumed training; False if it is no longer there."""
+        from mlflow.exceptions import MlflowException
+
         try:
-            if self.client.get_run(self.run_id).info.lifecycle_stage == "active":
-                self.client.update_run(self.run_id, status="RUNNING")
-                return True
-        except Exception as error:
-            print(f"MLflow: {first_line(error)}", file=sys.stderr)
-        print(f"MLflow run {self.run_id} is gone; a new one takes its place", file=sys.stderr)
-        return False
+            there = self.client.get_run(self.run_id).info.lifecycle_stage == "active"
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # a store in trouble may still have it
+                raise
+            there = False
+        if there:
+            self.client.update_run(self.run_id, status="RUNNING")
+        else:
+            print(f"MLflow run {self.run_id} is gone; a new one takes its place", file=sys.stderr)
+        return there
 
     def log(self, metrics, frames):
         """metrics: {name: number}, nan for what this update did not measure; `frames` is the x axis."""

@@ -8,11 +8,15 @@ import sqlite3
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import mlflow
 import psutil
 import pytest
 import torch
 import torchvision
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 
 import train
 from checkpoint import load_checkpoint, load_policy
@@ -33,6 +37,7 @@ from runs import (
     wait_until_held,
     workers_of,
 )
+from tracking import Tracker, TrackingError
 
 UNLIMITED = (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY)
 
@@ -280,6 +285,24 @@ def test_deleted_mlflow_run_gets_a_successor(tmp_path):
     assert found.info.status == "FINISHED"
     steps = sorted(m.step for m in client.get_metric_history(found.info.run_id, "update/entropy"))
     assert steps == [int(row["frames"]) for row in rows(tmp_path / "runs" / "x")]  # those of the deleted run as well
+
+
+def test_store_in_trouble_does_not_pass_for_a_deleted_run(tmp_path, monkeypatch):
+    """A run that cannot be asked for now is not given up: a second one would hold half of it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    with Tracker(load_config(), Path("runs/x"), threads=1) as tracker:
+        pass
+
+    def busy(self, run_id):
+        raise MlflowException("database is locked", error_code=TEMPORARILY_UNAVAILABLE)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "get_run", busy)
+    with pytest.raises(TrackingError, match="cannot be used: database is locked"), Tracker(
+            load_config(), Path("runs/x"), threads=1, run_id=tracker.run_id):
+        pass
+    monkeypatch.undo()
+    assert only_run(tmp_path)[1].info.run_id == tracker.run_id
 
 
 def test_odd_surroundings(tmp_path):
