@@ -94,6 +94,8 @@ class World:
 ALONE = World()
 
 
-def launcher(processes):
-    """How a user starts a script as so many processes of one machine."""
+def launcher(processes, machines=1):
+    """How a user starts a script as so many processes."""
+    if machines > 1:
+        return "the same torchrun on every machine, with"
     return "python" if processes == 1 else f"torchrun --standalone --nproc_per_node={processes}"

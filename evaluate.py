@@ -271,7 +271,11 @@ def write_webp(video, output, fps=12.5, hold=2):
 
 
 def _encode(video, output, *options):
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", "-i", str(video), *options, str(output)]
+    try:
+        ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise OSError(errno.ENOENT, first_line(error), str(output)) from error
+    command = [ffmpeg, "-y", "-loglevel", "error", "-i", str(video), *options, str(output)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or ["the encoder failed"]

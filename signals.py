@@ -16,7 +16,7 @@ class Interrupted(BaseException):
 class SignalWatch:
     """Turns the first SIGINT, SIGTERM or SIGHUP into Interrupted, at once or, if `patient`, at the next `check`.
 
-    The second one ends the process as if there were no watch; but torchrun passes on to each of many processes what
+    The same one again ends the process as if there were no watch; but torchrun passes on to each of many processes what
     they may all have got already, and kills them itself after half a minute, so there a second one means nothing.
     """
 

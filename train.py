@@ -652,6 +652,13 @@ def finish(trainer, tracker):
     tracker.artifact(folder / "videos", "videos")
 
 
+def rest(folder, how):
+    """What can be done after an early end."""
+    if folder and any(folder.glob("checkpoints/*.ckpt")):
+        return f"saved; go on with: {how} {folder}"
+    return "stopped before there was anything to save"
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="a file of configs/; python config.py prints every key")
@@ -662,7 +669,8 @@ def main(argv=None):
         parser.error("give either --config FILE or --resume RUN")
     world = World.launched()
     trainer, folder, watch, lock = None, None, SignalWatch(world), ExitStack()
-    who, how = f"train.py, process {world.rank}" if world.rank else "train.py", f"{launcher(world.size)} train.py"
+    who = f"train.py, process {world.rank}" if world.rank else "train.py"
+    how = f"{launcher(world.size, world.size // world.local_size)} train.py --resume"
     try:
         world.join()
         config, folder, state = world.share(start_run(args, lock, world.size) if world.rank == 0 else None)
@@ -688,7 +696,7 @@ def main(argv=None):
                     finish(trainer, tracker)
             except OSError as error:
                 raise TrainingError(f"{error.filename or folder}: {error.strerror}; training is done and saved, and "
-                                    f"{how} --resume {folder} scores it") from None
+                                    f"{how} {folder} scores it") from None
             watch.patient = True
         if world.rank == 0:
             trainer.mark_scored()
@@ -699,18 +707,15 @@ def main(argv=None):
         sys.exit(f"{who}: {error.filename}: {error.strerror}" if error.filename else f"{who}: {error}")
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if world.lost(error):
-            sys.exit(1 if world.rank else f"{who}: another process of this training ended; what was saved goes on "
-                     f"with: {how} --resume {folder}")
+            sys.exit(1 if world.rank else f"{who}: another process of this training ended: {rest(folder, how)}")
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
             raise  # what torch raises on a CPU says that it cannot allocate memory
         sys.exit(
             f"{who}: {(str(error) or 'Out of memory.').splitlines()[0]} A larger ppo.num_minibatches, or smaller "
             "env.num_envs, ppo.num_steps or model, needs less.")
     except Interrupted as interruption:
-        saved = folder and any(folder.glob("checkpoints/*.ckpt"))
         if world.rank == 0:
-            print(f"{interruption}: " + (f"saved; go on with: {how} --resume {folder}" if saved else
-                                         "stopped before there was anything to save"), flush=True)
+            print(f"{interruption}: {rest(folder, how)}", flush=True)
         sys.exit(interruption.code)
     finally:
         if trainer:

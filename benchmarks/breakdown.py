@@ -119,7 +119,7 @@ def main():
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from config import load_config
+    from config import ConfigError, load_config
     from train import Trainer, collect, compute_advantages, update
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -127,7 +127,10 @@ def main():
     parser.add_argument("--seconds", type=float, default=5)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
-    config = load_config(args.config, [*args.overrides, "run.device=cpu"])
+    try:
+        config = load_config(args.config, [*args.overrides, "run.device=cpu"])
+    except ConfigError as error:
+        sys.exit(f"breakdown.py: {error}")
     env, ppo, seconds = config.env, config.ppo, args.seconds
     decisions = env.num_envs * ppo.num_steps
     settings = env.model_dump(include={"frame_skip", "frame_stack", "shrink_factor", "color"})

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
-from config import load_config
+from config import ConfigError, load_config
 from distributed import ALONE
 from tracking import Tracker
 
@@ -63,7 +63,10 @@ def main():
     parser.add_argument("--updates", type=int, default=30)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
-    config = load_config(args.config, args.overrides)
+    try:
+        config = load_config(args.config, args.overrides)
+    except ConfigError as error:
+        sys.exit(f"safety.py: {error}")
     per_update = config.env.num_envs * config.ppo.num_steps * config.env.frame_skip  # frames, at most
     seconds = Counter()
     with tempfile.TemporaryDirectory() as name:
