@@ -44,8 +44,9 @@ class Diagnostics:
             "high clip fraction": (
                 clip > HIGH_CLIP,
                 f"clip fraction is {clip:.2f}, above its band of {CLIP_FRACTION_BAND[0]} to {CLIP_FRACTION_BAND[1]}: "
-                f"much of each batch teaches nothing any more. Lower ppo.learning_rate={ppo.learning_rate:g} or "
-                f"ppo.update_epochs={ppo.update_epochs}, or use larger minibatches with a smaller "
+                "decisions that have moved that far teach nothing more. Lower "
+                f"ppo.learning_rate={ppo.learning_rate:g} or ppo.update_epochs={ppo.update_epochs}, or use larger "
+                "minibatches with a smaller "
                 f"ppo.num_minibatches={ppo.num_minibatches}"),
             "low clip fraction": (
                 clip < LOW_CLIP and full_steps and not returns >= SOLVED,

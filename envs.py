@@ -322,24 +322,22 @@ class LanderGroup(gym.Env):
     def step(self, actions):
         """One decision each. Returns frames, M times uint8 (K, H, W), and rewards, terminated, truncated, each (M,).
 
-        info holds env_frames (physics steps played); where an episode ended (terminated or truncated) also
-        episode_return, episode_length (physics steps) and episode_outcome, each (M,), and for truncated episodes
-        final_frames, uint8 (M, K, H, W).
+        info holds env_frames (physics steps played) and, for those whose episode ended (terminated or truncated, else
+        0), episode_return, episode_length (physics steps) and episode_outcome, each (M,); if any episode was truncated
+        also final_frames, uint8 (M, K, H, W).
         """
         m = len(self.landers)
         rewards, terminated, truncated = np.zeros(m, np.float32), np.zeros(m, bool), np.zeros(m, bool)
-        env_frames, info = np.zeros(m, np.int64), {}
+        info = {key: np.zeros(m) for key in self.COUNTS}
         for i, lander in enumerate(self.landers):
             length = lander.episode_length
             rewards[i], terminated[i], truncated[i] = lander.play(int(actions[i]))
-            env_frames[i] = lander.episode_length - length
+            info["env_frames"][i] = lander.episode_length - length
         # Drawing all of them after playing all of them keeps each part's code in the processor's cache.
         seen = views([lander.lander for lander in self.landers])
         for i, lander in enumerate(self.landers):
             lander.look(seen[i])
             if terminated[i] or truncated[i]:
-                if "episode_return" not in info:
-                    info = {key: np.zeros(m) for key in ("episode_return", "episode_length", "episode_outcome")}
                 info["episode_return"][i] = lander.episode_return
                 info["episode_length"][i] = lander.episode_length
                 info["episode_outcome"][i] = lander.outcome()
@@ -347,7 +345,7 @@ class LanderGroup(gym.Env):
                     frames = lander.stack.frames
                     info.setdefault("final_frames", np.zeros((m, *frames.shape), np.uint8))[i] = frames
                 self._begin(i)
-        return self.frames, rewards, terminated, truncated, info | {"env_frames": env_frames}
+        return self.frames, rewards, terminated, truncated, info
 
 
 class WorkerError(Exception):
@@ -382,7 +380,7 @@ def _work(index, make_group, pipe, trainers_end, shared, errors, *_):
             message, answer = pipe.recv_bytes(), None
             if not message:
                 _, *flags, info = group.step(actions)
-                for row, values in zip(numbers, (*flags, *(info.get(key, 0) for key in group.COUNTS)), strict=True):
+                for row, values in zip(numbers, (*flags, *(info[key] for key in group.COUNTS)), strict=True):
                     row[:] = values
                 answer = info.get("final_frames")
             else:
@@ -454,7 +452,7 @@ class LanderVectorEnv(AsyncVectorEnv):
             return self.reset_wait(timeout=patience)[0]["frames"], {}
 
     def step(self, actions):
-        """As LanderGroup.step; info holds all counts at every step, and final_frames where there are any."""
+        """As LanderGroup.step."""
         places = self.observations["actions"]
         if np.shape(actions) != places.shape:
             raise ValueError(f"actions of shape {np.shape(actions)}, not {places.shape}")

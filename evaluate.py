@@ -30,10 +30,9 @@ from tqdm import tqdm
 
 from checkpoint import CheckpointError, load_policy, newest_run, write_atomically
 from config import ConfigError
-from envs import EVALUATION_SEED, OUTCOMES, VIEWPORT_H, VIEWPORT_W, Lander, RenderedLander
+from envs import EVALUATION_SEED, FPS, OUTCOMES, VIEWPORT_H, VIEWPORT_W, Lander, RenderedLander
 from tracking import Outlet, first_line
 
-FPS = 50  # physics steps, and so rendered frames, per second of lander time
 SOLVED = 200  # return from which gymnasium calls an episode a solution
 MAX_LANDERS = 50  # episodes played side by side; bounds memory
 
@@ -134,10 +133,9 @@ def evaluate(policy, config, checkpoint, output, episodes=100, seed=EVALUATION_S
         "mode": "sampled" if sample else "greedy",
         "episodes": episodes,
         "seed": seed,
-        **summarize(*results),
         "seconds": time.perf_counter() - start,
+        **summarize(*results),
     }
-    report["returns"] = report.pop("returns")  # the long list comes last
     try:
         write_atomically(output / report_name, (json.dumps(report, indent=2) + "\n").encode())
     except OSError:

@@ -18,11 +18,10 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from envs import VIEWPORT_H, VIEWPORT_W
+from envs import FPS, VIEWPORT_H, VIEWPORT_W
 from models import Policy, Temporal
 
 ACTIONS = ("nothing", "left engine", "main engine", "right engine")
-FPS = 50  # physics steps per second
 # Pixels. As wide as a README, and multiples of 16, which encoders like.
 WIDTH, MARGIN, GAP, LINE = 912, 16, 10, 24
 FRAME_TOP, STACK_TOP = 36, 468  # of the rendered frame, and of what the policy sees

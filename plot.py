@@ -26,7 +26,7 @@ NEEDED = (
     "frames", "rollout/return_mean", "rollout/landed_rate", "update/clip_fraction", "update/approx_kl",
     "update/entropy", "update/explained_variance", "eval/return_mean", "speed/total_seconds")
 SOLVED = 200  # mean return from which the task counts as solved
-# The bands that the write-up this repository answers steered by.
+# Rules of thumb; the README says what they are good for.
 CLIP_FRACTION_BAND, KL_BAND = (0.1, 0.2), (0.0, 0.3)
 
 

@@ -146,9 +146,8 @@ def collect(envs, policy, rollout, frames, reward_scale, autocast):
             final_frames = torch.from_numpy(info["final_frames"].reshape(frames.shape)).to(device)
             with autocast:
                 rollout.final_values[t, ended] = policy(*policy.see(final_frames[ended]))[1]
-        if "episode_return" in info:
-            for i in np.flatnonzero(terminated | truncated):
-                episodes.append(tuple(info[f"episode_{key}"].flat[i] for key in ("return", "length", "outcome")))
+        for i in np.flatnonzero(terminated | truncated):
+            episodes.append(tuple(info[f"episode_{key}"].flat[i] for key in ("return", "length", "outcome")))
     rollout.next_value.copy_(decide(len(rollout.actions))[1])
     return frames, {"episodes": episodes, "env_frames": env_frames}
 
@@ -158,7 +157,7 @@ def compute_advantages(rollout, gamma, gae_lambda):
     """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, eqs. 11 and 16).
 
     Returns advantages and returns (targets of the value function), both float32 (T, N). After a termination the value
-    is 0; after a truncation it is that of the episode's last frames; neither passes advantage on to the step before.
+    is 0; after a truncation it is that of the episode's last frames; nothing of the next episode counts.
     """
     advantages = torch.zeros_like(rollout.rewards)
     advantage = torch.zeros_like(rollout.next_value)
@@ -261,7 +260,7 @@ def update(policy, optimizer, rollout, advantages, returns, ppo, entropy_coef, a
 def schedule(ppo, env_frames, late):
     """Learning rate and entropy bonus now: linear warm-up and annealing, and the late stage once the return is high.
 
-    The late stage is the write-up's rule: an agent that lands needs smaller steps and less exploration to land well.
+    An agent that lands needs smaller steps and less exploration to land well.
     """
     left = max(1 - env_frames / ppo.total_frames, 0) if ppo.anneal else 1
     warm = min((env_frames + 1) / ppo.warmup_frames, 1) if ppo.warmup_frames else 1
@@ -337,8 +336,9 @@ class Trainer:
             torch.manual_seed(world.seed(run.seed))  # draws actions
         self.envs = self._make_envs()
         self.counters = {
-            "env_frames": 0, "updates": 0, "seconds": 0.0, "late": False, "best": None, "next_evaluation": 0,
-            "milestones": [], "scored": None}  # episodes of the final score, once it is done
+            "env_frames": 0, "updates": 0, "seconds": 0.0, "late": False, "best": None,
+            "next_evaluation": config.evaluation.interval, "milestones": [],
+            "scored": None}  # episodes of the final score, once it is done
         self.recent = deque(maxlen=100)  # (return, length, outcome) of the last episodes
         self.landers = [[1, []] for _ in range(env.num_envs)]  # episodes begun, actions of the last: LanderGroup.state
         self.run_id = None
@@ -349,7 +349,6 @@ class Trainer:
         else:
             self.frames = self._frames(self.envs.reset()[0])
             self._calibrate()
-            self.counters["next_evaluation"] = config.evaluation.interval
         self.learner = world.parallel(self.policy, self.frames.to(self.device))
         newest = self.frames.chunk(env.frame_stack, dim=1)[-1].to(self.device)
         with self.autocast:

@@ -18,10 +18,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from config import ConfigError, load_config
 from plot import SOLVED, PlotError, draw_comparison, reached, read_metrics
-from publish import score
+from publish import FILES, score
 
 STUDY = Path(__file__).parent.parent / "results" / "study"
-FILES = ("config.yaml", "metrics.csv", "machine.json", "report.json", "report_sampled.json")
 PAGE = f"""# Seeds and pieces
 
 {{table}}

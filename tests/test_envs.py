@@ -205,6 +205,7 @@ def test_vector_env_equals_its_landers_played_alone():
                     endings += 1
                     assert info["episode_return"].flat[i] == own["episode_return"][0]
                     assert info["episode_length"].flat[i] == own["episode_length"][0]
+                    assert info["episode_outcome"].flat[i] == own["episode_outcome"][0]
                     assert OUTCOMES[int(own["episode_outcome"][0])] in ("crash", "out_of_sight")
         assert endings > 3
     finally:

@@ -93,7 +93,7 @@ def test_subpixel_glimpse_does_not_shake():
     assert shaking[True] < shaking[False] / 3
 
 
-def test_glimpse_at_the_edge_stays_inside(frames):
+def test_glimpse_at_the_edge_stays_inside():
     """Wherever the spot is, in the corners too, the glimpse is a piece of the picture that holds it."""
     for height, width in ((0, 0), (0, 144), (94, 0), (94, 144)):
         pictures = torch.zeros(2, 3, 100, 150, dtype=torch.uint8)

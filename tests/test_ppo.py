@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from config import PPO, Config
-from models import POLICIES
+from models import POLICIES, Temporal
 from train import Rollout, collect, compute_advantages, explained_variance, ppo_loss, schedule, update
 
 FP32 = torch.autocast("cpu", enabled=False)
@@ -62,40 +62,51 @@ def test_termination_and_truncation_differ_by_the_bootstrap():
 
 
 def hand_made_batch():
-    """Three decisions among two actions; the old probabilities of the actions taken are 0.5 each."""
-    logits = torch.tensor([0.6, 0.5, 0.2]).unsqueeze(1)
-    logits = torch.cat([logits, 1 - logits], 1).log()  # new probabilities of action 0: 0.6, 0.5, 0.2
+    """Four decisions among two actions; the old probabilities of the actions taken are 0.5 each."""
+    chances = torch.tensor([0.6, 0.5, 0.2, 0.2])  # new probabilities of action 0
     batch = {
-        "actions": torch.tensor([0, 0, 0]),
-        "log_probs": torch.full((3,), 0.5).log(),
-        "advantages": torch.tensor([2.0, 1.0, -1.0]),
-        "returns": torch.tensor([1.0, 0.0, 2.0]),
-        "values": torch.tensor([0.0, 0.0, 0.0]),
+        "actions": torch.tensor([0, 0, 0, 0]),
+        "log_probs": torch.full((4,), 0.5).log(),
+        "advantages": torch.tensor([2.0, 1.0, -1.0, 1.0]),
+        "returns": torch.tensor([1.0, 0.0, 2.0, 1.0]),
+        "values": torch.zeros(4),
     }
-    return logits, torch.tensor([0.5, 0.0, 1.0]), batch
+    return torch.stack([chances, 1 - chances], 1).log(), torch.tensor([0.5, 0.0, 1.0, 1.0]), batch
 
 
 def test_loss_on_a_hand_made_case():
     logits, value, batch = hand_made_batch()
     ppo = PPO(clip_coef=0.1, value_coef=0.5, normalize_advantages=False)
     loss, metrics = ppo_loss(logits, value, batch, ppo, entropy_coef=0.01)
-    # Ratios 1.2, 1.0, 0.4. Clipped to 0.9..1.1 the terms are min(2.4, 2.2), min(1, 1), min(-0.4, -0.9).
-    policy_loss = -(2.2 + 1.0 - 0.9) / 3
-    value_loss = 0.5 * (0.25 + 0 + 1) / 3
-    entropy = -np.mean([p * np.log(p) + (1 - p) * np.log(1 - p) for p in (0.6, 0.5, 0.2)])
+    # Ratios 1.2, 1.0, 0.4, 0.4. Clipped to 0.9..1.1 the terms are min(2.4, 2.2), min(1, 1), min(-0.4, -0.9), and
+    # min(0.4, 0.9), where it is the unclipped one that is smaller.
+    policy_loss = -(2.2 + 1.0 - 0.9 + 0.4) / 4
+    value_loss = 0.5 * (0.25 + 0 + 1 + 0) / 4
+    entropy = -np.mean([p * np.log(p) + (1 - p) * np.log(1 - p) for p in (0.6, 0.5, 0.2, 0.2)])
     assert float(metrics["policy_loss"]) == pytest.approx(policy_loss, abs=1e-6)
     assert float(metrics["value_loss"]) == pytest.approx(value_loss, abs=1e-6)
     assert float(metrics["entropy"]) == pytest.approx(entropy, abs=1e-6)
     assert float(loss) == pytest.approx(policy_loss + 0.5 * value_loss - 0.01 * entropy, abs=1e-6)
-    assert float(metrics["clip_fraction"]) == pytest.approx(2 / 3)
-    assert float(metrics["approx_kl"]) == pytest.approx(np.mean([r - 1 - np.log(r) for r in (1.2, 1.0, 0.4)]), abs=1e-6)
+    assert float(metrics["clip_fraction"]) == pytest.approx(3 / 4)
+    kl = np.mean([ratio - 1 - np.log(ratio) for ratio in (1.2, 1.0, 0.4, 0.4)])
+    assert float(metrics["approx_kl"]) == pytest.approx(kl, abs=1e-6)
+
+
+def test_advantages_are_normalised():
+    logits, value, batch = hand_made_batch()
+    _, metrics = ppo_loss(logits, value, batch, PPO(clip_coef=0.1), 0.0)
+    advantages = np.array([2.0, 1.0, -1.0, 1.0])
+    advantages = (advantages - 0.75) / np.std(advantages, ddof=1)
+    ratios = np.array([1.2, 1.0, 0.4, 0.4])
+    terms = np.minimum(ratios * advantages, ratios.clip(0.9, 1.1) * advantages)
+    assert float(metrics["policy_loss"]) == pytest.approx(-terms.mean(), abs=1e-6)
 
 
 def test_value_clipping_takes_the_worse_of_two_errors():
     logits, value, batch = hand_made_batch()
     _, metrics = ppo_loss(logits, value, batch, PPO(clip_coef=0.1, value_clip=True), 0.0)
-    # Values may move by 0.1 from 0: errors max(0.5, 0.9)^2, 0, max(1, 1.9)^2.
-    assert float(metrics["value_loss"]) == pytest.approx(0.5 * (0.81 + 0 + 3.61) / 3, abs=1e-6)
+    # Values may move by 0.1 from 0: errors max(0.5, 0.9)^2, 0, max(1, 1.9)^2, max(0, 0.9)^2.
+    assert float(metrics["value_loss"]) == pytest.approx(0.5 * (0.81 + 0 + 3.61 + 0.81) / 4, abs=1e-6)
 
 
 def test_clipped_decisions_give_no_gradient():
@@ -107,6 +118,7 @@ def test_clipped_decisions_give_no_gradient():
     assert logits.grad[0].abs().max() == 0
     assert logits.grad[1].abs().max() > 0
     assert logits.grad[2].abs().max() == 0
+    assert logits.grad[3].abs().max() > 0  # it has moved as far, but the wrong way
 
 
 def test_explained_variance():
@@ -117,8 +129,10 @@ def test_explained_variance():
     assert np.isnan(explained_variance(returns, torch.ones(3)))
 
 
-def test_schedule_anneals_and_knows_the_late_stage():
+def test_schedule_warms_up_anneals_and_knows_the_late_stage():
     ppo = PPO(learning_rate=1e-3, entropy_coef=0.01, total_frames=100, late_learning_rate=0.5, late_entropy=0.1)
+    warm = ppo.model_copy(update={"anneal": False, "warmup_frames": 10})
+    assert [schedule(warm, frames, False)[0] for frames in (0, 4, 9, 50)] == pytest.approx([1e-4, 5e-4, 1e-3, 1e-3])
     assert schedule(ppo, 0, False) == pytest.approx((1e-3, 0.01))
     assert schedule(ppo, 75, False) == pytest.approx((2.5e-4, 0.01))
     assert schedule(ppo, 75, True) == pytest.approx((1.25e-4, 0.001))
@@ -154,7 +168,8 @@ class ProbeEnvs:
             self.steps[i] = 0 if terminated[0, i] else self.steps[i] + 1
             # A new observation each step; at the second step of a two-step episode the probe shows -1.
             self.observations[i] = self._begin() if self.random or terminated[0, i] else 0
-        info = {"env_frames": np.ones((1, self.landers), int)}
+        counts = ("env_frames", "episode_return", "episode_length", "episode_outcome")
+        info = {key: np.ones((1, self.landers), int) for key in counts}
         return self.frames(), rewards, terminated, np.zeros_like(terminated), info
 
 
@@ -222,7 +237,7 @@ def test_probe_policy_from_observation():
 def small_policy(name):
     """A shipped policy for stacks of two gray frames of 32x32 pixels and two actions."""
     torch.manual_seed(0)
-    small = {} if name == "cnn" else {"width": 32, "heads": 2, "layers": 1}
+    small = {"width": 32, "heads": 2, "layers": 1} if issubclass(POLICIES[name], Temporal) else {}
     options = POLICIES[name].Options(glimpse=0, mirror=False, features=32, **small)
     return POLICIES[name](options, stack=2, planes=1, height=32, width=32, num_actions=2)
 
@@ -246,6 +261,21 @@ def test_probe_value_and_discounting_from_pixels(name):
         **PIXELS)
     # The second step shows a dark frame after a bright one; the first, two bright ones. Learned on just those.
     assert values[1] == pytest.approx(0.5, abs=0.15)
+
+
+def test_the_gradient_is_cut_to_its_largest_norm():
+    torch.manual_seed(0)
+    envs, policy = ProbeEnvs(lambda step, seen, action: (float(action), True), True), TinyPolicy()
+    frames = torch.from_numpy(envs.frames()[0])
+    rollout = Rollout.empty(8, envs.landers, 1, policy.look(frames))
+    collect(envs, policy, rollout, frames, 1.0, FP32)
+    before = nn.utils.parameters_to_vector(policy.parameters()).detach().clone()
+    metrics = update(
+        policy, torch.optim.SGD(policy.parameters(), lr=1.0), rollout, *compute_advantages(rollout, 0.99, 0.95),
+        PPO(update_epochs=1, num_minibatches=1, max_grad_norm=0.01), 0.0, FP32, torch.Generator())
+    step = nn.utils.parameters_to_vector(policy.parameters()).detach() - before
+    assert float(step.norm()) == pytest.approx(0.01, rel=1e-3)
+    assert metrics["grad_norm"] > 0.02  # before it was cut
 
 
 def test_first_minibatch_has_ratio_one():

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from checkpoint import load_checkpoint
+from config import load_config
 from runs import (
     CONFIG,
     ROOT,
@@ -26,6 +27,7 @@ from runs import (
     without_speed,
     workers_of,
 )
+from train import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -120,14 +122,6 @@ def test_killed_worker_is_replaced_and_changes_nothing(number, whole_run, tmp_pa
     assert without_speed(rows(tmp_path / "runs" / "hurt")) == without_speed(rows(folder / "runs" / "whole"))
 
 
-def test_resume_refuses_another_config(whole_run):
-    folder, _ = whole_run
-    done = run(folder, "--resume", "runs/whole", "ppo.gamma=0.5", ok=False)
-    assert done.returncode == 1
-    assert "ppo.gamma was 0.99, asked for 0.5" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-
-
 @pytest.mark.parametrize(("args", "expected"), [
     (["--config", "nowhere.yaml"], "nowhere.yaml"),
     (["--config", CONFIG, "ppo.gama=1"], "ppo.gamma"),
@@ -176,6 +170,21 @@ def test_learning_shows_in_a_minute(tmp_path):
     first, last = float(table[2]["rollout/return_mean"]), float(table[-1]["rollout/return_mean"])
     assert first < -100
     assert last > first + 100
+
+
+def test_the_late_stage_begins_with_a_hundred_good_episodes_and_stays(tmp_path):
+    config = load_config(CONFIG, [*TINY, "ppo.late_return=180", "ppo.late_learning_rate=0.5", "ppo.anneal=false"])
+    trainer = Trainer(config, tmp_path)
+    try:
+        seen = []
+        for good, episodes in ((250, 90), (-500, 100), (250, 100), (-500, 100), (-500, 100)):
+            trainer.recent.clear()
+            trainer.recent.extend([(good, 100, 0)] * episodes)
+            seen.append(trainer.update_once()["schedule/learning_rate"])
+    finally:
+        trainer.close()
+    usual = config.ppo.learning_rate
+    assert seen == pytest.approx([usual, usual, usual, usual / 2, usual / 2])
 
 
 def test_freed_memory_is_kept_for_the_next_minibatch():
