@@ -41,7 +41,8 @@ class Run(Section):
     name: str = Field(
         "", pattern=r"^([\w-][\w.-]*)?$", max_length=100,
         description="folder under runs/; empty: config file and time of start")
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:(0|[1-9][0-9]?))?)$", description="auto, cpu, cuda or cuda:N")
     num_threads: int = Field(0, ge=0, le=1024, description="CPU threads of the update; 0: one per core")
     bf16: bool | None = Field(None, description="bfloat16 autocast in the network; null: where hardware computes it")
 
@@ -224,6 +225,21 @@ def parse_yaml(text, source):
         raise ConfigError(f"{where}: {error.problem or error.context}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # the last two: thousands of digits, or of brackets
         raise ConfigError(f"{source}: {' '.join(str(error).split())}") from None
+    except (LookupError, AttributeError, TypeError):  # yaml's constructors check nothing
+        raise ConfigError(f"{source}: a tag such as !!bool or !!timestamp before what is none") from None
+
+
+def parse_value(key, text, source):
+    """The value of section.key as written on a command line. What looks like a number stays text where text is asked.
+
+    So that run.name=3e-4 does not become 0.0003.
+    """
+    value = parse_yaml(text, source)
+    section, _, name = key.partition(".")
+    fields = getattr(Config.model_fields.get(section), "annotation", Config).model_fields
+    if name in fields and fields[name].annotation is str and type(value) in (int, float):
+        return text.strip()
+    return value
 
 
 def load_config(path=None, overrides=()):
@@ -256,7 +272,7 @@ def apply_overrides(tree, overrides, source="config"):
         branch = tree.setdefault(section, {})
         if not isinstance(branch, dict):
             raise ConfigError(f"{section}: must be a section of keys, not {branch!r}")
-        branch[name] = parse_yaml(value, override)
+        branch[name] = parse_value(key.strip(), value, override)
     return check_config(tree, source)
 
 

@@ -49,7 +49,7 @@ class Diagnostics:
                 "minibatches with a smaller "
                 f"ppo.num_minibatches={ppo.num_minibatches}"),
             "low clip fraction": (
-                clip < LOW_CLIP and full_steps and not returns >= SOLVED,
+                clip < LOW_CLIP and full_steps and returns < SOLVED,
                 f"clip fraction is {clip:.3f}, far below its band of {CLIP_FRACTION_BAND[0]} to "
                 f"{CLIP_FRACTION_BAND[1]}, and the return is {returns:.0f}: the policy hardly moves. Raise "
                 f"ppo.learning_rate={ppo.learning_rate:g}, ppo.update_epochs={ppo.update_epochs} or "

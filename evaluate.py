@@ -20,7 +20,7 @@ import json
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -87,9 +87,10 @@ def play(policy, env_config, seeds, sample_seed=None, lander_class=Lander, recor
 def confidence_interval(values, level=0.95, resamples=10_000):
     """Percentile bootstrap interval of the mean (Efron 1979): [low, high]. Returns are far from normal."""
     values = np.asarray(values, float)
-    draws = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+    rng, n, part = np.random.default_rng(0), len(values), 100  # at once, all of them would need gigabytes
+    means = [values[rng.integers(n, size=(part, n))].mean(1) for _ in range(resamples // part)]
     tail = 100 * (1 - level) / 2
-    return [float(v) for v in np.percentile(values[draws].mean(1), [tail, 100 - tail])]
+    return [float(v) for v in np.percentile(means, [tail, 100 - tail])]
 
 
 def summarize(returns, lengths, outcomes):
@@ -155,8 +156,8 @@ class VideoRecorder:
 
     def __init__(self, folder, count, seed, name="seed-{seed}", make_panel=None):
         self.folder, self.count, self.seed, self.name, self.make_panel = Path(folder), count, seed, name, make_panel
-        self.stack, self.paths, self.failure = ExitStack(), [], None
-        self.films, self.panel_failure = {}, None  # by index of the episode
+        self.paths, self.failure, self.panel_failure = [], None, None
+        self.writers, self.films = {}, {}  # by index of the episode
 
     def __enter__(self):
         if self.count:
@@ -164,10 +165,8 @@ class VideoRecorder:
         return self
 
     def __exit__(self, *exception):
-        try:
-            self.stack.close()
-        except OSError as error:
-            self._fail(error)
+        for index in list(self.writers):
+            self._close(index)
         for path in self.paths if exception[0] is None else ():
             try:
                 imageio_ffmpeg.count_frames_and_secs(path)  # the encoder does not tell when a full disk cut it off
@@ -182,13 +181,13 @@ class VideoRecorder:
             return
         name = self.name.format(seed=self.seed + index)
         try:
-            send = self._open(f"{name}.mp4", VIEWPORT_W, VIEWPORT_H)
+            send = self._open(index, f"{name}.mp4", VIEWPORT_W, VIEWPORT_H)
         except (OSError, RuntimeError) as error:
             return self._fail(error)
         if self.make_panel:
             with self._panel_trouble(index):
                 panel = self.make_panel(f"seed {self.seed + index}")
-                self.films[index] = PanelFilm(panel, self._open(f"{name}-panel.mp4", panel.width, panel.height))
+                self.films[index] = PanelFilm(panel, self._open(index, f"{name}-panel.mp4", panel.width, panel.height))
 
         def on_frame(frame):
             try:
@@ -214,18 +213,27 @@ class VideoRecorder:
                 film.panel.end(lander.episode_return, lander.episode_length, outcome)
                 film.show(None)
         self.films.pop(index, None)
+        self._close(index)
 
-    def _open(self, name, width, height):
-        """A function that takes the frames, uint8 (height, width, 3), of a new file."""
+    def _open(self, index, name, width, height):
+        """A function that takes the frames, uint8 (height, width, 3), of a new file of episode `index`."""
         path = self.folder / name
         # Nothing is scaled, as all sides are multiples of 8; yuv420p is what browsers play.
         writer = imageio_ffmpeg.write_frames(
             str(path), (width, height), fps=FPS, codec="libx264", pix_fmt_out="yuv420p", macro_block_size=8,
             output_params=["-movflags", "+faststart"])
         writer.send(None)
-        self.stack.callback(writer.close)
+        self.writers.setdefault(index, []).append(writer)
         self.paths.append(path)
         return lambda frame: writer.send(np.ascontiguousarray(frame))
+
+    def _close(self, index):
+        """End the encoders of an episode; each takes a hundred megabytes while it lives."""
+        for writer in self.writers.pop(index, ()):
+            try:
+                writer.close()
+            except OSError as error:
+                self._fail(error)
 
     @contextmanager
     def _panel_trouble(self, index):

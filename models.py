@@ -160,7 +160,7 @@ class Policy(nn.Module):
         glimpse: int = Field(32, ge=0, description="side in pixels of the cut-out around what moves; 0: all")
         subpixel: bool = Field(True, description="cut out exactly around the spot, between pixels; false: whole pixels")
         mirror: bool = Field(True, description="treat a lander on the left as one on the right seen in a mirror")
-        features: int = Field(256, ge=1, description="units of the hidden layer before the two heads")
+        features: int = Field(256, ge=1, le=65_536, description="units of the hidden layer before the two heads")
 
     def __init__(self, options, stack, planes, height, width, num_actions=4):
         super().__init__()
@@ -278,8 +278,8 @@ class Temporal(Policy):
     """
 
     class Options(Policy.Options):
-        width: int = Field(128, ge=1, description="size of a step's embedding; a multiple of heads")
-        layers: int = Field(2, ge=1, description="Transformer layers over time")
+        width: int = Field(128, ge=1, le=65_536, description="size of a step's embedding; a multiple of heads")
+        layers: int = Field(2, ge=1, le=1000, description="Transformer layers over time")
         heads: int = Field(4, ge=1, validate_default=True, description="attention heads")
 
         @field_validator("heads")
@@ -483,9 +483,9 @@ class Transformer(Temporal):
     class Options(Temporal.Options):
         name: Literal["transformer"] = Field("transformer", description="which policy: a name in POLICIES")
         patch: Literal[4, 8, 16] = Field(8, description="side in pixels of the square that makes one token")
-        spatial_layers: int = Field(2, ge=1, description="Transformer layers over a picture's patches")
+        spatial_layers: int = Field(2, ge=1, le=1000, description="Transformer layers over a picture's patches")
         spatial_width: int = Field(
-            64, ge=1, validate_default=True, description="size of a patch's token; a multiple of heads")
+            64, ge=2, le=65_536, validate_default=True, description="size of a patch's token; a multiple of heads")
 
         @field_validator("spatial_width")
         @classmethod

@@ -14,6 +14,7 @@ if __name__ == "__main__":
 import argparse
 import csv
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib
@@ -21,6 +22,8 @@ import matplotlib
 matplotlib.use("Agg")  # draws into files; no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
+
+from checkpoint import write_atomically
 
 NEEDED = (
     "frames", "rollout/return_mean", "rollout/landed_rate", "update/clip_fraction", "update/approx_kl",
@@ -39,8 +42,8 @@ def read_metrics(run):
     path = Path(run)
     path = path / "metrics.csv" if path.is_dir() else path
     try:
-        with open(path, newline="") as file:
-            header, *rows = list(csv.reader(file)) or [[]]
+        whole = path.read_text().rpartition("\n")[0]  # what follows the last newline was cut off in writing
+        header, *rows = list(csv.reader(whole.splitlines())) or [[]]
         columns = np.array([row for row in rows if len(row) == len(header)], float).T
     except (OSError, ValueError, csv.Error) as error:
         raise PlotError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
@@ -107,18 +110,19 @@ def draw_comparison(groups, output):
         axis.set_xlabel(title)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("return, mean of the last 100 training episodes")
-    axes[0].legend(loc="lower right")
+    lines = axes[0].lines[:-1]
+    axes[0].legend(lines, [line.get_label() for line in lines], loc="lower right")  # so that a label may begin with _
     _save(figure, output)
 
 
 def _save(figure, output):
+    picture = BytesIO()
     try:
-        figure.savefig(output, dpi=100, format=Path(output).suffix[1:] or "png")
+        figure.savefig(picture, dpi=100, format=Path(output).suffix[1:] or "png")
+        write_atomically(output, picture.getvalue())
     except ValueError as error:  # a format that matplotlib does not know
         raise PlotError(f"{output}: {error}") from None
-    except OSError as error:  # as a full disk, which leaves half a file
-        if Path(output).is_file():
-            Path(output).unlink()
+    except OSError as error:
         raise PlotError(f"{output}: {error.strerror}") from None
     finally:
         plt.close(figure)

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from checkpoint import POLICY_FILE, CheckpointError, load_checkpoint, newest_run, save_config, trained_frames
-from config import ConfigError, apply_overrides, check_config, load_config, parse_yaml
+from config import ConfigError, apply_overrides, check_config, load_config, parse_value
 from distributed import launcher
 from tracking import Metrics
 
@@ -27,7 +27,7 @@ def resume_config(saved, overrides):
     for override in overrides:
         key, _, value = override.partition("=")
         key = key.strip()
-        if key in before and not key.startswith(RESUMABLE) and before[key] != parse_yaml(value, override):
+        if key in before and not key.startswith(RESUMABLE) and before[key] != parse_value(key, value, override):
             fixed.append(f"{key} was {before[key]!r}, asked for {value}")
     if fixed:
         raise ConfigError("a resumed run keeps its config: " + ", ".join(fixed))
@@ -87,8 +87,9 @@ def start_run(args, lock, processes=1):
     drop_unfinished(folder)
     if any(folder.glob("checkpoints/*")):
         raise ConfigError(f"{folder}: that run exists; go on with --resume {folder}, or choose another run.name")
+    if any((folder / name).exists() for name in ("metrics.csv", "report.json")):
+        raise ConfigError(f"{folder}: holds what an earlier run measured; choose another run.name, or remove that")
     (folder / "checkpoints").mkdir(exist_ok=True)
-    (folder / "metrics.csv").unlink(missing_ok=True)
     save_config(config, folder / "config.yaml")
     return config, folder, None
 

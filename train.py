@@ -436,6 +436,8 @@ class Trainer:
         load_weights(self.policy, state["policy"], self.folder)
         self.optimizer.load_state_dict(state["optimizer"])
         self.counters |= state["counters"]
+        latest = self.counters["env_frames"] + self.config.evaluation.interval  # it may be another one than before
+        self.counters["next_evaluation"] = min(self.counters["next_evaluation"], latest)
         self.run_id = state["run_id"]
         self.recent.extend(map(tuple, state["recent"]))
         self._rewind([state, *state.get("peers", [])][self.world.rank])
@@ -507,7 +509,8 @@ class Trainer:
             return  # and wait for the first process at the next boundary
         if counters["env_frames"] < min(counters["next_evaluation"], self.config.ppo.total_frames):
             return
-        counters["next_evaluation"] += settings.interval
+        if counters["env_frames"] >= counters["next_evaluation"]:  # at the end it may not be
+            counters["next_evaluation"] += settings.interval
         seeds = range(SELECTION_SEED, SELECTION_SEED + settings.selection_episodes)
         returns, _, outcomes = play(self.policy, self.config.env, seeds)
         metrics["eval/return_mean"] = float(returns.mean())

@@ -27,6 +27,11 @@ def test_shipped_configs_load_and_say_which_policy(path):
     assert load_config(path).model.name == yaml.safe_load(path.read_text())["model"]["name"]
 
 
+@pytest.mark.parametrize("text", ["3e-4", "1.10", "007", "5", "1_000"])
+def test_a_name_that_looks_like_a_number_stays_as_it_is_written(text):
+    assert load_config(None, [f"run.name={text}"]).run.name == text
+
+
 def test_resolved_config_reads_back(tmp_path):
     config = load_config(None, ["ppo.learning_rate=3e-4", "run.name=a-b.c", "ppo.target_kl=0.02"])
     save_config(config, tmp_path / "config.yaml")
@@ -63,6 +68,10 @@ def test_overrides_win_and_numbers_are_numbers(tmp_path):
     ("env:\n  num_envs: true\n", ["env.num_envs=True", "number"]),
     ("env:\n  shrink_factor: 7\n", ["env.shrink_factor=7", "1, 2, 4, 5, 8"]),
     ("env:\n  shrink_factor: 40\n", ["env.shrink_factor=40", "20, 25"]),
+    ("run:\n  device: cuda:256\n", ["run.device='cuda:256'"]),  # which torch would take for cuda:0
+    ("run:\n  seed: !!bool maybe\n", ["x.yaml", "a tag such as !!bool"]),
+    ("model:\n  features: 100000000000000000000\n", ["model.features", "65536"]),
+    ("model:\n  name: transformer\n  heads: 1\n  spatial_width: 1\n", ["model.spatial_width=1", "2"]),
     ("model:\n  features: true\n", ["model.features=True", "number"]),
     ("model:\n  name: transformer\n  spatial_width: 66\n", ["model.spatial_width=66", "multiple of heads=4"]),
     ("model:\n  name: transformer\n  width: 130\n", ["model.heads=4", "must divide width=130"]),

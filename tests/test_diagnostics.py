@@ -54,7 +54,7 @@ def test_trouble_that_passes_is_not_told(name, diagnostics):
     ({"update/clip_fraction": 0.0, "rollout/return_mean": 230.0}, "once it lands"),
     ({"update/entropy": 0.1, "rollout/return_mean": 230.0}, "once it lands"),
     ({"update/explained_variance": float("nan"), "rollout/return_mean": float("nan"),
-      "rollout/length_mean": float("nan")}, "before the first episode has ended"),
+      "rollout/length_mean": float("nan"), "update/clip_fraction": 0.01}, "before the first episode has ended"),
 ])
 def test_what_is_no_trouble_is_not_told(change, why, diagnostics):
     for _ in range(2 * LONG):

@@ -1,17 +1,19 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import gymnasium as gym
 import imageio_ffmpeg
 import numpy as np
+import psutil
 import pytest
 import torch
 
 import evaluate
 from checkpoint import build_policy, load_policy, policy_bytes
 from config import Config
-from envs import ENV_ID, FrameStack, Lander, RenderedLander, shrink
+from envs import ENV_ID, VIEWPORT_H, VIEWPORT_W, FrameStack, Lander, RenderedLander, shrink
 from runs import no_room
 
 
@@ -104,6 +106,21 @@ def test_confidence_interval_of_a_known_case():
     assert low == pytest.approx(10 - 1.96 * 0.1, abs=0.15)
     assert high == pytest.approx(10 + 1.96 * 0.1, abs=0.15)
     assert evaluate.confidence_interval([5.0, 5.0]) == [5, 5]
+
+
+def test_no_encoder_outlives_its_episode(tmp_path):
+    """Each takes a hundred megabytes; of an evaluation with many videos only a few may live at once."""
+    frame = np.zeros((VIEWPORT_H, VIEWPORT_W, 3), np.uint8)
+    lander = SimpleNamespace(on_frame=None)
+    with evaluate.VideoRecorder(tmp_path, 3, 0) as recorder:
+        for index in range(3):
+            recorder.begin(index, lander)
+            for _ in range(3):
+                lander.on_frame(frame)
+            recorder.end(index, lander)
+            assert [child for child in psutil.Process().children() if "ffmpeg" in child.name()] == []
+    assert recorder.failure is None
+    assert len(list(tmp_path.glob("*.mp4"))) == 3
 
 
 def test_missing_checkpoint_is_one_line(tmp_path):

@@ -189,7 +189,7 @@ def test_numbers_beside_a_frame_belong_to_that_frame(policy_file, monkeypatch): 
 
     files = {}
     monkeypatch.setattr(
-        evaluate.VideoRecorder, "_open", lambda self, name, width, height: files.setdefault(name, []).append)
+        evaluate.VideoRecorder, "_open", lambda self, index, name, width, height: files.setdefault(name, []).append)
     policy, config, _ = load_policy(policy_file)
     recorder = evaluate.VideoRecorder("nowhere", 1, 1000007, "x", lambda title: Counter())
     _, (length,), _ = evaluate.play(policy, config.env, [1000007], lander_class=RenderedLander, recorder=recorder)

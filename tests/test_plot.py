@@ -60,11 +60,19 @@ def test_seeds_are_a_mean_and_a_band_over_frames_and_over_minutes(tmp_path, figu
     assert [text.get_text() for text in frames.get_legend().get_texts()] == ["both, 2 seeds", "one, 1 seed"]
 
 
-def test_a_row_cut_off_by_a_crash_is_left_out(tmp_path):
+@pytest.mark.parametrize("end", ["21000,3", "21000,200,1,0.15,0.02,1,0.5,nan,12"])  # of 1260.0
+def test_a_row_cut_off_by_a_crash_is_left_out(end, tmp_path):
     run = write_metrics(tmp_path / "a")
     with open(run / "metrics.csv", "a") as file:
-        file.write("21000,3")
+        file.write(end)
     assert len(plot.read_metrics(run)["frames"]) == 20
+
+
+def test_a_label_may_begin_with_an_underscore(tmp_path, figures):
+    run = write_metrics(tmp_path / "_a")
+    plot.main([str(run), f"b={run}", "--output", str(tmp_path / "compare.png")])
+    legend = figures[0].axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["_a, 1 seed", "b, 1 seed"]
 
 
 @pytest.mark.parametrize("content", [
@@ -88,6 +96,15 @@ def test_picture_that_cannot_be_saved_is_one_line_and_leaves_nothing(tmp_path):
     with no_room(1000), pytest.raises(SystemExit, match=r"curves\.png: File too large"):
         plot.main([str(run)])
     assert [path.name for path in run.iterdir()] == ["metrics.csv"]
+
+
+def test_picture_that_cannot_be_drawn_anew_is_still_there(tmp_path):
+    run = write_metrics(tmp_path / "a")
+    plot.main([str(run)])
+    before = (run / "curves.png").read_bytes()
+    with no_room(1000), pytest.raises(SystemExit, match=r"curves\.png: File too large"):
+        plot.main([str(run)])
+    assert (run / "curves.png").read_bytes() == before
 
 
 def test_a_label_given_twice_is_one_line(tmp_path):

@@ -54,6 +54,17 @@ def frames_of(run):
     return [int(line.split(",")[0]) for line in (run / "metrics.csv").read_text().splitlines()[1:]]
 
 
+@pytest.mark.parametrize("name", ["metrics.csv", "report.json"])
+def test_a_new_run_does_not_take_the_place_of_one_whose_checkpoints_were_removed(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "old"
+    folder.mkdir(parents=True)
+    (folder / name).write_text("worth something")
+    with pytest.raises(ConfigError, match="runs/old: holds what an earlier run measured"):
+        begin("old")
+    assert [path.name for path in folder.iterdir()] == [name]
+
+
 def test_newer_checkpoints_are_put_aside(run, capsys):
     """Left in place they would be taken for the newest, and what is saved from now on would be deleted as older."""
     _, folder, state = resume("runs/x/checkpoints/000000000200.ckpt")

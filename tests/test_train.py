@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -185,6 +186,25 @@ def test_the_late_stage_begins_with_a_hundred_good_episodes_and_stays(tmp_path):
         trainer.close()
     usual = config.ppo.learning_rate
     assert seen == pytest.approx([usual, usual, usual, usual / 2, usual / 2])
+
+
+def test_a_run_that_goes_on_is_scored_as_often_as_it_now_says(tmp_path, monkeypatch):
+    """After the score at the end of training, and with another evaluation.interval."""
+    monkeypatch.setattr("train.play", lambda *_: (np.zeros(1), None, np.zeros(1)))
+    (tmp_path / "checkpoints").mkdir()
+    trainer = Trainer(load_config(CONFIG, [*TINY, "evaluation.interval=1000", "ppo.total_frames=1500"]), tmp_path)
+    try:
+        for frames, following in ((900, 1000), (1010, 2000), (1500, 2000)):
+            trainer.counters["env_frames"] = frames
+            trainer.select({})
+            assert trainer.counters["next_evaluation"] == following
+        state = trainer.snapshot() | trainer._learned()
+    finally:
+        trainer.close()
+    for interval, following in ((1000, 2000), (100, 1600)):
+        resumed = Trainer(load_config(CONFIG, [*TINY, f"evaluation.interval={interval}"]), tmp_path, state)
+        resumed.close()
+        assert resumed.counters["next_evaluation"] == following
 
 
 def test_freed_memory_is_kept_for_the_next_minibatch():
