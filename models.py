@@ -160,7 +160,7 @@ class Policy(nn.Module):
         glimpse: int = Field(32, ge=0, description="side in pixels of the cut-out around what moves; 0: all")
         subpixel: bool = Field(True, description="cut out exactly around the spot, between pixels; false: whole pixels")
         mirror: bool = Field(True, description="treat a lander on the left as one on the right seen in a mirror")
-        features: int = Field(256, ge=1, le=65_536, description="units of the hidden layer before the two heads")
+        features: int = Field(256, ge=1, le=10**10, description="units of the hidden layer before the two heads")
 
     def __init__(self, options, stack, planes, height, width, num_actions=4):
         super().__init__()

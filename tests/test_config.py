@@ -70,7 +70,7 @@ def test_overrides_win_and_numbers_are_numbers(tmp_path):
     ("env:\n  shrink_factor: 40\n", ["env.shrink_factor=40", "20, 25"]),
     ("run:\n  device: cuda:256\n", ["run.device='cuda:256'"]),  # which torch would take for cuda:0
     ("run:\n  seed: !!bool maybe\n", ["x.yaml", "a tag such as !!bool"]),
-    ("model:\n  features: 100000000000000000000\n", ["model.features", "65536"]),
+    ("model:\n  features: 100000000000000000000\n", ["model.features", "10000000000"]),
     ("model:\n  name: transformer\n  heads: 1\n  spatial_width: 1\n", ["model.spatial_width=1", "2"]),
     ("model:\n  features: true\n", ["model.features=True", "number"]),
     ("model:\n  name: transformer\n  spatial_width: 66\n", ["model.spatial_width=66", "multiple of heads=4"]),
