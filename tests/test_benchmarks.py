@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 from plot import read_metrics
@@ -34,5 +33,5 @@ def test_yardstick_trains(tmp_path):
     assert max(returns) < 300
     table = read_metrics(tmp_path)
     assert table["frames"][-1] >= 3000
-    assert np.isfinite(table["rollout/return_mean"][-1])
+    assert -2000 < table["rollout/return_mean"][-1] < 300
     assert table["update/approx_kl"].max() > 0  # the policy has changed

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from checkpoint import save_config
-from config import ConfigError, known_keys, load_config
+from config import ConfigError, check_config, known_keys, load_config
 from models import POLICIES
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -24,7 +24,9 @@ def error_of(text, tmp_path, overrides=()):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_load_and_say_which_policy(path):
-    assert load_config(path).model.name == yaml.safe_load(path.read_text())["model"]["name"]
+    config, tree = load_config(path), yaml.safe_load(path.read_text())
+    assert config.model.name == tree["model"]["name"]
+    assert config == check_config(tree)  # read by our loader, and by YAML's own
 
 
 @pytest.mark.parametrize("text", ["3e-4", "1.10", "007", "5", "1_000"])

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from config import PPO, Config
+from envs import LanderGroup
 from models import POLICIES, Temporal
 from train import Rollout, collect, compute_advantages, explained_variance, ppo_loss, schedule, update
 
@@ -168,8 +169,7 @@ class ProbeEnvs:
             self.steps[i] = 0 if terminated[0, i] else self.steps[i] + 1
             # A new observation each step; at the second step of a two-step episode the probe shows -1.
             self.observations[i] = self._begin() if self.random or terminated[0, i] else 0
-        counts = ("env_frames", "episode_return", "episode_length", "episode_outcome")
-        info = {key: np.ones((1, self.landers), int) for key in counts}
+        info = {key: np.ones((1, self.landers), int) for key in LanderGroup.COUNTS}
         return self.frames(), rewards, terminated, np.zeros_like(terminated), info
 
 

@@ -66,13 +66,10 @@ def run(tmp_path):
     for name in publish.FILES:
         shutil.copy(source / name, run)
     shutil.copy(source / "policy.safetensors", run / "checkpoints")
-    counters(run, load_config(run / "config.yaml").ppo.total_frames)
-    return run
-
-
-def counters(run, frames):
+    frames = load_config(run / "config.yaml").ppo.total_frames
     state = {"counters": {"env_frames": frames, "scored": 100}}
     save_checkpoint(run / "checkpoints" / f"{frames:012d}.ckpt", state)
+    return run
 
 
 @pytest.fixture
@@ -107,7 +104,7 @@ def test_publishing_a_run_makes_its_page(run, here):
      "scored over 100 episodes"),
     (lambda run: (run / "metrics.csv").write_text("frames\n"), "not the metrics of a run"),
     (lambda run: (run / "config.yaml").write_text("ppo:\n  total_frames: 9000000\n"), "not trained and scored"),
-    (lambda run: next(run.glob("checkpoints/*.ckpt")).unlink(), "checkpoint"),
+    (lambda run: next(run.glob("checkpoints/*.ckpt")).unlink(), "no checkpoint there"),
 ])
 def test_run_that_cannot_be_published_is_one_line_and_replaces_nothing(damage, message, run, here):
     damage(run)
