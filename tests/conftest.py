@@ -17,3 +17,19 @@ for number, action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGH
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)  # small batches: threads would only wait for each other
+
+
+@pytest.fixture(scope="module")
+def policy_file(tmp_path_factory):
+    """A run's folder with nothing but a policy in it, which acts at random, but not alike."""
+    from checkpoint import build_policy, policy_bytes  # found only now that ROOT is in the path
+    from config import Config
+
+    torch.manual_seed(3)
+    config, folder = Config(), tmp_path_factory.mktemp("run") / "checkpoints"
+    policy = build_policy(config)
+    policy.eye.direction.copy_(torch.tensor([0.33, -0.81, 0.48]))
+    torch.nn.init.normal_(policy.actor.weight)  # so that actions differ
+    folder.mkdir()
+    (folder / "policy.safetensors").write_bytes(policy_bytes(policy, config, 0))
+    return folder.parent

@@ -11,22 +11,9 @@ import pytest
 import torch
 
 import evaluate
-from checkpoint import build_policy, load_policy, policy_bytes
-from config import Config
+from checkpoint import load_policy
 from envs import ENV_ID, VIEWPORT_H, VIEWPORT_W, FrameStack, Lander, RenderedLander, shrink
 from runs import no_room
-
-
-@pytest.fixture(scope="module")
-def policy_file(tmp_path_factory):
-    torch.manual_seed(3)
-    config, folder = Config(), tmp_path_factory.mktemp("run") / "checkpoints"
-    policy = build_policy(config)
-    policy.eye.direction.copy_(torch.tensor([0.33, -0.81, 0.48]))
-    torch.nn.init.normal_(policy.actor.weight)  # so that actions differ
-    folder.mkdir()
-    (folder / "policy.safetensors").write_bytes(policy_bytes(policy, config, 0))
-    return folder.parent
 
 
 def run_main(*args):

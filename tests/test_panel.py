@@ -7,7 +7,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from test_evaluate import policy_file, run_main  # noqa: F401 - the fixture
+from test_evaluate import run_main
 
 import evaluate
 import panel
@@ -135,7 +135,7 @@ def test_a_long_and_a_bad_episode_stay_within_the_axes():
     assert drawing.clock.get_text() == "step 1000, 20.00 s: crash"
 
 
-def test_the_command_films_the_panel_beside_the_landing(policy_file, tmp_path):  # noqa: F811
+def test_the_command_films_the_panel_beside_the_landing(policy_file, tmp_path):
     done = run_main("--checkpoint", policy_file, "--episodes", 1, "--seed", 1000007, "--videos", 1, "--panel",
                     "--webp", tmp_path / "panel.webp", "--output", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -156,7 +156,7 @@ def test_the_command_films_the_panel_beside_the_landing(policy_file, tmp_path): 
     assert (tmp_path / "panel.webp").read_bytes()[8:12] == b"WEBP"
 
 
-def test_a_failing_panel_costs_no_score_and_no_video(policy_file, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_failing_panel_costs_no_score_and_no_video(policy_file, tmp_path, monkeypatch, capsys):
     policy, config, file = load_policy(policy_file)
     without = evaluate.evaluate(policy, config, file, tmp_path / "a", episodes=2, videos=2)
 
@@ -173,7 +173,7 @@ def test_a_failing_panel_costs_no_score_and_no_video(policy_file, tmp_path, monk
     assert json.loads((tmp_path / "b" / "report.json").read_text())["episodes"] == 2
 
 
-def test_numbers_beside_a_frame_belong_to_that_frame(policy_file, monkeypatch):  # noqa: F811
+def test_numbers_beside_a_frame_belong_to_that_frame(policy_file, monkeypatch):
     """The film shows each frame with the decision that was made on it, not with the one that led to it."""
     class Counter:
         width = height = shown = 0
