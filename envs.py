@@ -2,12 +2,13 @@
 
     from envs import make_vector_env
     envs = make_vector_env(num_envs=32, num_workers=2, seed=1)
-    frames, _ = envs.reset()                    # uint8 (num_workers, landers per worker, K, H, W)
+    frames, _ = envs.reset()                                        # uint8 (N, K, H, W)
+    frames, rewards, terminated, truncated, info = envs.step(actions)   # actions int64 (N,)
 
-The picture is the one that a viewer of a 50-frames-a-second video sees: engine particles age once per
-*physics* step, drawn or not, exactly as if `render()` had been called on each of them. `FrameStack` below is the
-other half of that promise: it turns the frames of the unmodified `render()` into the same observation, and
-tests/test_envs.py holds the two together bit for bit.
+N is the number of landers, K that of stacked frames times planes (3 in colour, 1 in gray). The picture is the one that
+a viewer of a 50-frames-a-second video sees: engine particles age once per *physics* step, drawn or not, exactly as if
+`render()` had been called on each of them. `RenderedLander` below is the other half of that promise: it turns the
+unmodified `render()` into the same observation, and tests/test_envs.py holds the two together bit for bit.
 
 Nothing here imports torch: AsyncVectorEnv's workers start by importing this module.
 """
@@ -15,17 +16,16 @@ Nothing here imports torch: AsyncVectorEnv's workers start by importing this mod
 import atexit
 import ctypes
 import math
+import multiprocessing
 import os
-import pickle
 import shutil
 import signal
 import sys
 import tempfile
 import threading
-import traceback
 from contextlib import contextmanager, suppress
 from functools import partial
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import resource_tracker
 
 import cv2
 import gymnasium as gym
@@ -45,19 +45,20 @@ from gymnasium.envs.box2d.lunar_lander import (
     LunarLander,
 )
 from gymnasium.error import AlreadyPendingCallError
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode
-from gymnasium.vector.async_vector_env import AsyncState
-from gymnasium.vector.utils import read_from_shared_memory
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
 
 from camera import Camera, frame_planes, shrink, views
+from task import ACTIONS, ENV_ID, LANDED, OUTCOMES, TIME_LIMIT, TRAINING_SEEDS
 
-ENV_ID = "LunarLander-v3"
-NUM_ACTIONS = 4  # nothing, left engine, main engine, right engine
-TRAINING_SEEDS = 900_000  # training draws episode seeds below this
-SELECTION_SEED = 900_000  # from here: episodes that choose the best checkpoint
-EVALUATION_SEED = 1_000_000  # from here: episodes that score it
 PARTICLE_AGEING = 0.15  # what render() takes from each particle's time to live
-OUTCOMES = ("rest", "crash", "out_of_sight", "time")
+
+# The metrics of an episode: each is the mean, over episodes that ended, of what a Lander then says.
+EPISODE_METRICS = {
+    "return_mean": lambda lander: lander.episode_return,  # the environment's own undiscounted sum of rewards
+    "length_mean": lambda lander: lander.episode_length,  # physics steps
+    "landed_rate": lambda lander: lander.outcome() == LANDED,
+}
 
 
 class FrameStack:
@@ -161,8 +162,7 @@ class Lander:
 
     def reset(self, seed):
         """Begin the episode of `seed`; the stack of its first frame, uint8 (K, H, W)."""
-        self.seed, self.actions = int(seed), []
-        self.env.reset(seed=self.seed)
+        self.env.reset(seed=int(seed))
         self.episode_return, self.episode_length = 0.0, 0
         self.begin_picture()
         self.pass_time()
@@ -178,9 +178,8 @@ class Lander:
 
     def play(self, action):
         """`step` unseen: the sum of rewards, terminated, truncated."""
-        assert 0 <= action < NUM_ACTIONS, action
+        assert 0 <= action < len(ACTIONS), action
         reward = 0.0
-        self.actions.append(action)
         for _ in range(self.frame_skip):
             _, step_reward, terminated, truncated, _ = self.env.step(action)
             self.pass_time()
@@ -197,7 +196,7 @@ class Lander:
         return self.stack.push(self.picture(*view))
 
     def make_env(self):
-        return gym.wrappers.TimeLimit(LeanLunarLander(), gym.spec(ENV_ID).max_episode_steps)
+        return gym.wrappers.TimeLimit(LeanLunarLander(), TIME_LIMIT)
 
     def begin_picture(self):
         self.camera.start(self.lander)
@@ -246,73 +245,43 @@ class RenderedLander(Lander):
 
 
 class LanderGroup(gym.Env):
-    """Several landers stepped in turn; what a worker plays.
+    """Several landers stepped in turn: the environment that one worker of AsyncVectorEnv plays.
 
     A worker costs two context switches a step however little it does, so each worker plays many landers. The group
-    begins its own new episodes: the observation after an ending is the first of the next episode, and the last one of
-    a truncated episode travels in `info["final_frames"]`. `prepare` begins episodes ahead of time. The observation
-    space names all that `_work` shares with the trainer; of it, `reset` and `step` return the frames.
+    begins new episodes by itself: the observation after an ending is the first of the next episode, and the last one
+    of a truncated episode travels in `info["final_frames"]`.
     """
 
-    COUNTS = ("env_frames", "episode_return", "episode_length", "episode_outcome")  # of step's info
-
-    def __init__(self, landers, first_index, seed, frame_skip, frame_stack, shrink_factor, color):
+    def __init__(self, num_envs, first_env, seed, frame_skip, frame_stack, shrink_factor, color):
         cv2.setNumThreads(0)  # the cores belong to the workers' own processes
-        self.settings = frame_skip, frame_stack, shrink_factor, color
-        self.landers = [Lander(*self.settings) for _ in range(landers)]
-        self.prepared, self.spare = {}, []  # lander's number -> one that has begun its next episode; those without use
-        self.seed, self.first_index = seed, first_index
-        self.episodes, self.generators = [0] * landers, [self._generator(i) for i in range(landers)]
-        self.action_space = gym.spaces.MultiDiscrete([NUM_ACTIONS] * landers)
-        frames = gym.spaces.Box(0, 255, (landers, *self.landers[0].stack.frames.shape), np.uint8)
-        numbers = gym.spaces.Box(-np.inf, np.inf, (3 + len(self.COUNTS), landers), np.float64)
-        # The numbers are rewards, terminated, truncated and COUNTS, a row each.
-        self.observation_space = gym.spaces.Dict(frames=frames, actions=self.action_space, numbers=numbers)
+        self.landers = [Lander(frame_skip, frame_stack, shrink_factor, color) for _ in range(num_envs)]
+        self.first_env, self.seed = first_env, seed
+        self.generators = [self._generator(i) for i in range(num_envs)]
+        self.action_space = gym.spaces.MultiDiscrete([len(ACTIONS)] * num_envs)
+        self.observation_space = gym.spaces.Box(0, 255, self.frames.shape, np.uint8)
 
     def _generator(self, i):
         """A generator per lander, so that episodes do not depend on how landers are spread over workers."""
-        return np.random.default_rng([self.seed, self.first_index + i])
+        return np.random.default_rng([self.seed, self.first_env + i])
 
     @property
     def frames(self):
-        """What each lander sees, M times uint8 (K, H, W)."""
-        return [lander.stack.frames for lander in self.landers]
-
-    @property
-    def unprepared(self):
-        return [i for i in range(len(self.landers)) if i not in self.prepared]
-
-    def prepare(self, i):
-        """Begin a lander's next episode ahead of time: its number and a seed make it what it is, not the moment."""
-        lander = self.spare.pop() if self.spare else Lander(*self.settings)
-        lander.reset(self.generators[i].integers(TRAINING_SEEDS))
-        self.prepared[i] = lander
+        """The stack that each lander shows, uint8 (M, K, H, W)."""
+        return np.stack([lander.stack.frames for lander in self.landers])
 
     def _begin(self, i):
-        if i not in self.prepared:
-            self.prepare(i)
-        self.spare.append(self.landers[i])
-        self.landers[i] = self.prepared.pop(i)
-        self.episodes[i] += 1
+        self.landers[i].reset(self.generators[i].integers(TRAINING_SEEDS))
 
-    @property
-    def state(self):
-        """All that the landers' future depends on: per lander, the episodes it has begun and the actions of the last.
-
-        A Box2D world cannot be stored, but an episode is its seed and its actions: playing them again is bit-exact.
-        """
-        return [[n, list(lander.actions)] for n, lander in zip(self.episodes, self.landers, strict=True)]
-
-    def rewind(self, state):
-        """Take up `state`."""
-        self.spare += self.prepared.values()
-        self.prepared.clear()
-        for i, (episodes, actions) in enumerate(state):
-            self.generators[i], self.episodes[i] = self._generator(i), episodes - 1
+    def rewind(self, state, first_env=0):
+        """Take up this group's part of a LanderVectorEnv.state whose first lander is number `first_env`; its frames."""
+        own = state[self.first_env - first_env :][: len(self.landers)]
+        for i, (episodes, actions) in enumerate(own):
+            self.generators[i] = self._generator(i)
             self.generators[i].integers(TRAINING_SEEDS, size=episodes - 1)  # seeds of episodes that are over
             self._begin(i)
             for action in actions:
                 self.landers[i].step(action)
+        return self.frames
 
     def reset(self, *, seed=None, options=None):
         for i in range(len(self.landers)):
@@ -320,171 +289,90 @@ class LanderGroup(gym.Env):
         return self.frames, {}
 
     def step(self, actions):
-        """One decision each. Returns frames, M times uint8 (K, H, W), and rewards, terminated, truncated, each (M,).
+        """One decision each. Returns frames, uint8 (M, K, H, W), and rewards, terminated, truncated, each (M,).
 
-        info holds env_frames (physics steps played) and, for those whose episode ended (terminated or truncated, else
-        0), episode_return, episode_length (physics steps) and episode_outcome, each (M,); if any episode was truncated
-        also final_frames, uint8 (M, K, H, W).
+        info: env_frames (M,), physics steps played. If an episode ended, also episode, a dict of the EPISODE_METRICS
+        (M,), 0 where none did; if one was truncated, final_frames, uint8 (M, K, H, W), its last stack.
         """
         m = len(self.landers)
         rewards, terminated, truncated = np.zeros(m, np.float32), np.zeros(m, bool), np.zeros(m, bool)
-        info = {key: np.zeros(m) for key in self.COUNTS}
+        info = {"env_frames": np.zeros(m, np.int64)}
         for i, lander in enumerate(self.landers):
             length = lander.episode_length
             rewards[i], terminated[i], truncated[i] = lander.play(int(actions[i]))
             info["env_frames"][i] = lander.episode_length - length
         # Drawing all of them after playing all of them keeps each part's code in the processor's cache.
         seen = views([lander.lander for lander in self.landers])
-        for i, lander in enumerate(self.landers):
-            lander.look(seen[i])
-            if terminated[i] or truncated[i]:
-                info["episode_return"][i] = lander.episode_return
-                info["episode_length"][i] = lander.episode_length
-                info["episode_outcome"][i] = lander.outcome()
-                if truncated[i]:
-                    frames = lander.stack.frames
-                    info.setdefault("final_frames", np.zeros((m, *frames.shape), np.uint8))[i] = frames
-                self._begin(i)
+        for lander, view in zip(self.landers, seen, strict=True):
+            lander.look(view)
+        ended = np.flatnonzero(terminated | truncated)
+        if len(ended):
+            info["episode"] = {key: np.zeros(m) for key in EPISODE_METRICS}
+        if truncated.any():
+            info["final_frames"] = np.zeros(self.observation_space.shape, np.uint8)
+        for i in ended:
+            for key, measure in EPISODE_METRICS.items():
+                info["episode"][key][i] = measure(self.landers[i])
+            if truncated[i]:
+                info["final_frames"][i] = self.landers[i].stack.frames
+            self._begin(i)
         return self.frames, rewards, terminated, truncated, info
+
+
+def _make_group(*args, **settings):
+    """What a worker begins with; AsyncVectorEnv also calls it once in the trainer, to learn the spaces."""
+    trainer = multiprocessing.parent_process()
+    if trainer and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not even a frozen worker outlives its trainer
+        if os.getppid() != trainer.pid:  # which has died before it was asked for
+            os._exit(1)
+    return LanderGroup(*args, **settings)
 
 
 class WorkerError(Exception):
     """A worker died, froze or raised; says which, and why."""
 
 
-def _work(index, make_group, pipe, trainers_end, shared, errors, *_):
-    """A worker's life, in place of AsyncVectorEnv's.
+class Workers(AsyncVectorEnv):
+    """AsyncVectorEnv that says what went wrong in which worker, and can be closed whatever happened."""
 
-    What a step takes and gives lies in shared memory, to which the frames are copied once, and an empty message asks
-    for it; to pickle and unpickle that would take as long as to draw some pictures. Only the rare final_frames go
-    through the pipe. What else a group of landers needs is asked for and answered as by AsyncVectorEnv. While nothing
-    is asked, episodes are prepared.
-    """
-    if sys.platform == "linux":
-        # No worker outlives its trainer, not even a frozen one. The fork server goes when nobody holds the end of its
-        # pipe that the trainer and every worker have; PR_SET_PDEATHSIG (1) takes the workers along with it.
-        server = forkserver._forkserver
-        if server._forkserver_alive_fd is not None:
-            os.close(server._forkserver_alive_fd)
-            server._forkserver_alive_fd = None
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    group = make_group()
-    trainers_end.close()
-    try:
-        workers = len(shared["actions"]) // len(group.landers)
-        memory = read_from_shared_memory(group.observation_space, shared, workers)
-        frames, actions, numbers = (memory[key][index] for key in ("frames", "actions", "numbers"))
-        while True:
-            while (unprepared := group.unprepared) and not pipe.poll():
-                group.prepare(unprepared[0])
-            message, answer = pipe.recv_bytes(), None
-            if not message:
-                _, *flags, info = group.step(actions)
-                for row, values in zip(numbers, (*flags, *(info[key] for key in group.COUNTS)), strict=True):
-                    row[:] = values
-                answer = info.get("final_frames")
-            else:
-                command, details = pickle.loads(message)
-                if command == "_call":
-                    name, args, kwargs = details
-                    answer = getattr(group, name)
-                    if callable(answer):
-                        answer = answer(*args, **kwargs)
-                elif command == "reset":
-                    group.reset()
-                    answer = None, {}
-                elif command == "_check_spaces":  # there is only one kind of group
-                    answer = True, True
-                else:
-                    raise ValueError(f"a group of landers has no {command}")
-            for place, stack in zip(frames, group.frames, strict=True):
-                place[:] = stack
-            pipe.send((answer, True))
-    except Exception as error:
-        errors.put((index, type(error), str(error), traceback.format_exc()))
-        pipe.send((None, False))
-        with suppress(EOFError, OSError):
-            pipe.recv_bytes()  # if nothing was asked, the answer waits for the next question
+    timeout = 15.0  # seconds; a step takes hundredths of one
+    long_timeout = 180.0  # seconds; to start, or to play the landers' episodes again, takes a few
 
-
-class LanderVectorEnv(AsyncVectorEnv):
-    """AsyncVectorEnv of LanderGroups, which says what went wrong in which worker, and can be closed whatever happened.
-
-    Frames are uint8 (num_workers, M, K, H, W) and good until the next step; all else is (num_workers, M).
-    """
-
-    patience = 15.0  # seconds; a step takes hundredths of one
-    long_patience = 180.0  # seconds; to start, or to play the landers' episodes again, takes a few
-
-    def __init__(self, *args, **settings):
-        # gymnasium waits for new workers without a limit; killing them ends it.
-        watch = threading.Timer(self.long_patience, lambda: _kill(self.processes))
+    def __init__(self, make_groups):
+        watch = threading.Timer(self.long_timeout, self._kill)  # gymnasium waits for new workers without a limit
         watch.daemon = True
         watch.start()
         try:
-            super().__init__(*args, worker=_work, **settings)
+            # copy=False: the caller copies each batch into its rollout at once. spawn: forking a process whose
+            # libraries have started threads can hang, and a worker's parent is then the trainer itself.
+            super().__init__(make_groups, copy=False, context="spawn", autoreset_mode=AutoresetMode.DISABLED)
         except BaseException as error:
             if not getattr(self, "processes", None):  # it failed in the trainer itself
                 if isinstance(error, OSError):
                     raise WorkerError(f"workers' shared memory: {error.strerror}") from error
                 raise
-            cause = self._cause(error, self.long_patience)
-            _kill(self.processes)
+            cause = self.cause(error, self.long_timeout)
+            self._kill()
             if not isinstance(error, Exception):  # a signal
                 raise
             raise WorkerError(f"{cause}; it could not start, and what it said itself is above") from error
         finally:
             watch.cancel()
-        self.observation_space = self.observation_space["frames"]
-        self.single_observation_space = self.single_observation_space["frames"]
-        atexit.register(_kill, self.processes)  # before multiprocessing waits for them, which a frozen one never ends
+        atexit.register(self._kill)  # before multiprocessing waits for them, which a frozen one never ends
 
     @contextmanager
-    def _told(self, patience):
+    def named(self, timeout):
+        """Whatever goes wrong in a worker becomes a WorkerError that names it."""
         try:
-            yield patience
+            yield timeout
+        except AlreadyPendingCallError:  # a step was interrupted, and its answers would pass for the next one's
+            raise
         except Exception as error:
-            raise WorkerError(self._cause(error, patience)) from error
+            raise WorkerError(self.cause(error, timeout)) from error
 
-    def reset(self, *, seed=None, options=None):
-        with self._told(self.long_patience) as patience:
-            self.reset_async()
-            return self.reset_wait(timeout=patience)[0]["frames"], {}
-
-    def step(self, actions):
-        """As LanderGroup.step."""
-        places = self.observations["actions"]
-        if np.shape(actions) != places.shape:
-            raise ValueError(f"actions of shape {np.shape(actions)}, not {places.shape}")
-        if self._state != AsyncState.DEFAULT:
-            raise AlreadyPendingCallError("a step was interrupted; its answers would pass for this one's", "step")
-        self._state = AsyncState.WAITING_STEP
-        places[:] = actions
-        with self._told(self.patience) as patience:
-            for pipe in self.parent_pipes:
-                pipe.send_bytes(b"")
-            if not self._poll_pipe_envs(patience):
-                raise TimeoutError
-            final_frames, successes = zip(*[pipe.recv() for pipe in self.parent_pipes], strict=True)
-            self._raise_if_errors(successes)
-        self._state = AsyncState.DEFAULT
-        rewards, terminated, truncated, *counts = self.observations["numbers"].swapaxes(0, 1).copy()
-        info = dict(zip(LanderGroup.COUNTS, counts, strict=True))
-        if any(frames is not None for frames in final_frames):
-            blank = np.zeros(self.single_observation_space.shape, np.uint8)
-            info["final_frames"] = np.stack([blank if frames is None else frames for frames in final_frames])
-        return self.observations["frames"], rewards, terminated > 0, truncated > 0, info
-
-    def rewind(self, states):
-        """Put each worker's landers into its LanderGroup.state; their frames, uint8 (num_workers, M, K, H, W)."""
-        with self._told(self.long_patience) as patience:
-            for pipe, state in zip(self.parent_pipes, states, strict=True):
-                pipe.send(("_call", ("rewind", (state,), {})))
-            self._state = AsyncState.WAITING_CALL  # as after call_async, which sends the same to all
-            self.call_wait(timeout=patience)
-        return self.observations["frames"]
-
-    def _cause(self, error, patience):
+    def cause(self, error, timeout):
+        """Which worker is to blame for `error`, and how."""
         for i, (process, pipe) in enumerate(zip(self.processes, self.parent_pipes, strict=True)):
             if pipe is None:  # gymnasium has taken its error message
                 return f"worker {i} raised {type(error).__name__}: {error}"
@@ -494,22 +382,79 @@ class LanderVectorEnv(AsyncVectorEnv):
             if not process.is_alive():
                 return f"worker {i} died, exit code {process.exitcode}"
         silent = [i for i, pipe in enumerate(self.parent_pipes) if not pipe.poll(0)]
-        return f"worker {', '.join(map(str, silent))} did not answer for {patience:.0f} s"
+        return f"worker {', '.join(map(str, silent))} did not answer for {timeout:.0f} s"
 
     def close_extras(self, **_):
         """Kill the workers: they hold nothing that is not known here, and one that died or froze cannot be asked."""
-        _kill(getattr(self, "processes", ()))
+        self._kill()
         for pipe in getattr(self, "parent_pipes", ()):
             if pipe:
                 pipe.close()
 
+    def _kill(self):
+        started = [process for process in getattr(self, "processes", ()) if process.pid]
+        for process in started:
+            process.kill()
+        for process in started:
+            process.join(timeout=5)
 
-def _kill(processes):
-    started = [process for process in processes if process.pid]
-    for process in started:
-        process.kill()
-    for process in started:
-        process.join(timeout=5)
+
+class LanderVectorEnv(VectorEnv):
+    """num_envs landers along one axis, whichever worker plays them.
+
+    Frames are uint8 (N, K, H, W) and good until the next step; rewards, endings and all that `info` holds are (N, ...),
+    as LanderGroup.step has them. After a WorkerError it can only be closed.
+    """
+
+    def __init__(self, make_groups, first_env=0):
+        self.workers, self.first_env = Workers(make_groups), first_env
+        m, *frames = self.workers.single_observation_space.shape
+        self.num_envs = m * self.workers.num_envs
+        self.single_observation_space = gym.spaces.Box(0, 255, tuple(frames), np.uint8)
+        self.single_action_space = gym.spaces.Discrete(len(ACTIONS))
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        # All that the landers' future depends on: per lander the episodes it has begun and the actions of the last. A
+        # Box2D world cannot be stored, but an episode is its seed and its actions: playing them again is bit-exact.
+        # The account is kept here, so that a checkpoint needs no answer from a worker that may have died.
+        self.state = [[0, []] for _ in range(self.num_envs)]
+
+    def reset(self, *, seed=None, options=None):
+        for lander in self.state:
+            lander[:] = lander[0] + 1, []
+        with self.workers.named(self.workers.long_timeout) as timeout:
+            self.workers.reset_async()
+            return _one_axis(self.workers.reset_wait(timeout)[0]), {}
+
+    def step(self, actions):
+        if np.shape(actions) != self.action_space.shape:
+            raise ValueError(f"actions of shape {np.shape(actions)}, not {self.action_space.shape}")
+        with self.workers.named(self.workers.timeout) as timeout:
+            self.workers.step_async(np.reshape(actions, self.workers.action_space.shape))
+            frames, rewards, terminated, truncated, info = map(_one_axis, self.workers.step_wait(timeout))
+        for lander, action, ended in zip(self.state, actions.tolist(), terminated | truncated, strict=True):
+            if ended:
+                lander[:] = lander[0] + 1, []
+            else:
+                lander[1].append(action)
+        return frames, rewards, terminated, truncated, info
+
+    def rewind(self, state):
+        """Put the landers into a `state` of this environment; their frames, uint8 (N, K, H, W)."""
+        self.state = [[episodes, list(actions)] for episodes, actions in state]
+        with self.workers.named(self.workers.long_timeout) as timeout:
+            self.workers.call_async("rewind", self.state, self.first_env)
+            return np.concatenate(self.workers.call_wait(timeout))
+
+    def close_extras(self, **_):
+        self.workers.close()
+
+
+def _one_axis(batch):
+    """(workers, M, ...) -> (N, ...), of an array or of each in a dict; gymnasium's masks `_key` are left out."""
+    if isinstance(batch, dict):
+        return {key: _one_axis(value) for key, value in batch.items() if not key.startswith("_")}
+    return batch.reshape(-1, *batch.shape[2:])
 
 
 def _spread(processes):
@@ -540,29 +485,25 @@ def _check_shared_memory(size):
 
 
 def make_vector_env(num_envs, num_workers, seed=0, frame_skip=4, frame_stack=4, shrink_factor=4, color=True,
-                    first_lander=0):
-    """num_envs landers over num_workers processes, numbered from first_lander on; seed and number make their episodes.
+                    first_env=0):
+    """A LanderVectorEnv of num_envs landers in num_workers processes.
 
-    Returns an AsyncVectorEnv whose observations are uint8 (num_workers, num_envs / num_workers, K, H, W), whose rewards
-    and ending flags are (num_workers, num_envs / num_workers), and which begins new episodes by itself.
+    The landers are numbered from first_env on; a lander's episodes depend on its number and on `seed` alone.
     """
-    landers = num_envs // num_workers
+    m = num_envs // num_workers
     settings = {
         "seed": seed, "frame_skip": frame_skip, "frame_stack": frame_stack, "shrink_factor": shrink_factor,
         "color": color}
-    firsts = [first_lander + w * landers for w in range(num_workers)]
-    groups = [partial(LanderGroup, landers, first_index=first, **settings) for first in firsts]
+    firsts = [first_env + w * m for w in range(num_workers)]
+    groups = [partial(_make_group, m, first_env=first, **settings) for first in firsts]
     picture = frame_planes(color) * (VIEWPORT_H // shrink_factor) * (VIEWPORT_W // shrink_factor)
     _check_shared_memory(num_envs * frame_stack * picture)
-    # Ctrl-C is for the trainer, which ends its workers itself: the server that they are forked from passes this on.
-    resource_tracker.ensure_running()  # started by the server, it would let signals through again
+    # Ctrl-C is for the trainer, which ends its workers itself: they inherit that it is blocked.
+    resource_tracker.ensure_running()  # started along with the workers, it would let signals through again
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        forkserver.ensure_running()
+        envs = LanderVectorEnv(groups, first_env)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    # copy=False: the caller copies each batch into its rollout at once. forkserver: forking a process whose libraries
-    # have started threads can hang.
-    envs = LanderVectorEnv(groups, copy=False, context="forkserver", autoreset_mode=AutoresetMode.DISABLED)
-    _spread(envs.processes)
+    _spread(envs.workers.processes)
     return envs

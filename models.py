@@ -1,49 +1,143 @@
-"""Policies: frames in, (logits, value) out.
+"""Policies: frames in, (action distribution, value) out.
 
-    policy = make_policy(options, stack=4, planes=3, height=100, width=150)
-    seen, stacks = policy.see(frames)           # frames uint8 (B, stack * planes, H, W)
-    logits, value = policy(seen, stacks)        # float32 (B, num_actions), (B,)
+    policy = make_policy(options, Spaces(frame_stack=4, planes=3, height=100, width=150, num_actions=4))
+    frame_store, frame_ids = policy.preprocess_stacks(frames)   # frames uint8 (B, frame_stack * planes, H, W)
+    output = policy(frame_store, frame_ids)
+    actions = output.distribution.sample()                      # int64 (B,); output.value is float32 (B,)
 
-Each frame is looked at once, when it is collected: `look` is the part of a policy that learns nothing from rewards, and
-its result, a dict of tensors with one row per frame, is what a rollout stores. `stacks`, int64 (B, stack), says which
-rows each decision saw, oldest first, so that a frame shared by neighbouring decisions is stored, and by the policies
-below that encode frames one by one also encoded, once. `forward` is what the update differentiates.
+Each frame is preprocessed once, when it is collected: `preprocess` is the part of a policy that learns nothing from
+rewards. Its result, a dict of tensors with one row per frame, is the frame store that a rollout keeps. `frame_ids`,
+int64 (B, S), says which rows of the store each decision sees, oldest first. With S = 4 and one lander whose frames
+0, 1, 2, ... are stored in order, the decision on frame 5 has the ids [2, 3, 4, 5] and the next one [3, 4, 5, 6]. So a
+frame that neighbouring decisions share is stored once, and the policies below that encode frames one by one encode it
+once. `forward` is what the update differentiates.
 
 To add a policy, subclass Policy, or Temporal, and name it in POLICIES at the end.
 """
 
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import nn
 from torch.nn import functional as F
 
-MIRRORED_ACTIONS = [0, 3, 2, 1]  # nothing, right engine, main engine, left engine
 STAGES = ("layer1", "layer2", "layer3", "layer4")  # of a ResNet
 
 
-class WeightsError(Exception):
-    """Pretrained weights that cannot be had; one line."""
+class PolicyError(Exception):
+    """A policy that cannot begin to train; one line."""
 
 
-class CalibrationError(Exception):
-    """Frames that show nothing to learn to look at; one line."""
+class WeightsError(PolicyError):
+    """Pretrained weights that cannot be had."""
+
+
+class CalibrationError(PolicyError):
+    """Frames that show nothing to learn to look at."""
+
+
+@dataclass(frozen=True)
+class Spaces:
+    """What a policy sees and does. These facts of the environment reach it as arguments."""
+
+    frame_stack: int  # frames that a decision sees
+    planes: int  # of a frame: 3 in colour, 1 in gray
+    height: int  # of a frame, pixels
+    width: int
+    num_actions: int
+    mirrored_actions: tuple = ()  # what each action is in a mirror; empty: unknown
+
+
+class Categorical:
+    """A distribution over discrete actions for each of B decisions, from logits float32 (B, A).
+
+    As torch.distributions.Categorical, but normalised by log_softmax, and able to sample each decision from a generator
+    of its own.
+    """
+
+    def __init__(self, logits):
+        self.logits = logits
+        self.log_probs = logits.log_softmax(-1)  # (B, A)
+
+    @property
+    def probs(self):
+        """float64 (B, A)"""
+        return self.logits.double().softmax(-1)
+
+    def sample(self, generators=None):
+        """int64 (B,), drawn with torch's generator, or each with its own of `generators`, NumPy's, one per decision."""
+        if generators is None:
+            return torch.multinomial(self.log_probs.exp(), 1)[:, 0]
+        rows = self.probs.cpu().numpy()
+        drawn = [rng.choice(len(row), p=row / row.sum()) for row, rng in zip(rows, generators, strict=True)]
+        return torch.tensor(drawn, device=self.logits.device)
+
+    def mode(self):
+        """The likeliest action, int64 (B,)."""
+        return self.logits.argmax(-1)
+
+    def log_prob(self, actions):
+        """log pi(action), float32 (B,), of actions int64 (B,)."""
+        return self.log_probs.gather(1, actions[:, None])[:, 0]
+
+    def entropy(self):
+        """In nats, float32 (B,)."""
+        return -(self.log_probs.exp() * self.log_probs).sum(-1)
+
+
+@dataclass(frozen=True)
+class PolicyOutput:
+    """What a policy answers to B decisions."""
+
+    distribution: Categorical  # of the action
+    value: torch.Tensor  # float32 (B,): the discounted sum of scaled rewards that it expects
+    losses: dict = field(default_factory=dict)  # auxiliary losses by name, scalars, which the update adds and logs
+
+
+# YAML 1.2's words for what is neither text nor number.
+WORDS = {
+    "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
+    "null": None, "Null": None, "NULL": None, "~": None, "": None}
+
+
+def read_text(value, annotation):
+    """The text of a YAML file as what a setting of that type asks for; unchanged if it is no such thing, or no text."""
+    if isinstance(value, list):
+        return [read_text(item, annotation) for item in value]
+    if not isinstance(value, str):
+        return value
+    parts = get_args(annotation) or [annotation]  # of X | None, Literal[...] and list[X]
+    kinds = {part if isinstance(part, type) else type(part) for part in parts}
+    if type(word := WORDS.get(value, value)) in kinds:
+        return word
+    if kinds & {int, float}:
+        with suppress(ValueError):
+            return int(value) if int in kinds else float(value)
+        with suppress(ValueError):
+            number = float(value)  # a whole number may be written 2e6 or 32.0
+            return int(number) if number.is_integer() else number
+    return value
 
 
 class Strict(BaseModel):
-    """Settings that know their keys and never take true or false for a number or text."""
+    """Settings that know their keys and take nothing for what it is not, such as true for 1, or `on` for true.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    A value comes with its type, or as the text of a YAML file.
+    """
 
-    @field_validator("*", mode="before")
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
     @classmethod
-    def _true_is_not_one(cls, value, info):
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation not in (bool, bool | None):
-            raise PydanticCustomError("boolean", "must be a number or text, not true or false")
-        return value
+    def _read_texts(cls, settings):
+        if not isinstance(settings, dict):
+            return settings
+        fields = cls.model_fields.items()
+        return settings | {key: read_text(settings[key], field.annotation) for key, field in fields if key in settings}
 
 
 def orthogonal(layer, gain=2**0.5):
@@ -153,7 +247,12 @@ class Glimpse(nn.Module):
 
 
 class Policy(nn.Module):
-    """What all policies share: the eye, the mirror, and the two heads on one hidden layer."""
+    """What all policies share: the eye, the mirror, and the two heads on one hidden layer.
+
+    A subclass has `forward(frame_store, frame_ids, minibatch=None)`, which gives the PolicyOutput of decisions that see
+    the rows frame_ids, int64 (B, S), of frame_store. While learning, `minibatch` is the train.Rollout of these
+    decisions, (B, ...): auxiliary losses find their targets there.
+    """
 
     class Options(Strict):
         name: str = Field(description="which policy: a name in POLICIES")
@@ -162,16 +261,16 @@ class Policy(nn.Module):
         mirror: bool = Field(True, description="treat a lander on the left as one on the right seen in a mirror")
         features: int = Field(256, ge=1, le=10**10, description="units of the hidden layer before the two heads")
 
-    def __init__(self, options, stack, planes, height, width, num_actions=4):
+    def __init__(self, options, spaces):
         super().__init__()
-        self.options, self.stack, self.planes, self.num_actions = options, stack, planes, num_actions
+        self.options, self.spaces = options, spaces
         self.eye = Glimpse(options.glimpse, options.subpixel) if options.glimpse else None
-        self.picture_size = (options.glimpse, options.glimpse) if options.glimpse else (height, width)
+        self.picture_size = (options.glimpse, options.glimpse) if options.glimpse else (spaces.height, spaces.width)
 
     def make_heads(self, inputs):
         features = self.options.features
         self.hidden = nn.Sequential(orthogonal(nn.Linear(inputs, features)), nn.Tanh())
-        self.actor = orthogonal(nn.Linear(features, self.num_actions), 0.01)
+        self.actor = orthogonal(nn.Linear(features, self.spaces.num_actions), 0.01)
         self.critic = orthogonal(nn.Linear(features, 1), 1.0)
 
     def load_pretrained(self):
@@ -180,7 +279,7 @@ class Policy(nn.Module):
     def calibrate(self, frames):
         """Learn what can be learned from frames alone. frames: uint8 (B, K, H, W), of any play."""
         if self.eye:
-            frames = frames.unflatten(1, (self.stack, self.planes))
+            frames = frames.unflatten(1, (self.spaces.frame_stack, self.spaces.planes))
             self.eye.calibrate(frames[:, -2], frames[:, -1])
 
     def parameter_groups(self):
@@ -188,40 +287,41 @@ class Policy(nn.Module):
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr_scale": 1.0}]
 
     @torch.no_grad()
-    def look(self, frames):
+    def preprocess(self, frames):
         """Single frames, uint8 (B, planes, H, W) -> {"pictures": uint8 (B, planes, h, w), "positions": (B, 2)}."""
         if self.eye is None:
             return {"pictures": frames, "positions": torch.zeros(len(frames), 2, device=frames.device)}
         pictures, positions = self.eye(frames)
         return {"pictures": pictures, "positions": positions}
 
-    def see(self, frames):
-        """Stacks of frames, uint8 (B, K, H, W), each by itself -> (seen, stacks) for `forward`."""
-        seen = self.look(frames.unflatten(1, (self.stack, self.planes)).flatten(0, 1))
-        return seen, torch.arange(len(frames) * self.stack, device=frames.device).view(-1, self.stack)
+    def preprocess_stacks(self, stacks):
+        """Stacks of frames, uint8 (B, K, H, W), each by itself -> (frame_store, frame_ids) for `forward`."""
+        size = self.spaces.frame_stack
+        frame_store = self.preprocess(stacks.unflatten(1, (size, self.spaces.planes)).flatten(0, 1))
+        return frame_store, torch.arange(len(stacks) * size, device=stacks.device).view(-1, size)
 
-    def mirrored(self, seen, stacks):
+    def mirrored(self, frame_store, frame_ids):
         """bool (B,): whether this decision is seen in the mirror, because the newest glimpse is left of the middle."""
-        return (seen["positions"][stacks[:, -1], 0] < 0) & self.options.mirror
+        return (frame_store["positions"][frame_ids[:, -1], 0] < 0) & self.options.mirror
 
-    def places(self, seen, stacks, mirrored):
-        """Where the glimpses were and how they moved, float32 (B, S, 4): x, y, and their change since the frame before.
+    def places(self, frame_store, frame_ids, mirrored):
+        """Where the glimpses were and how they moved, float32 (B, S, 4): x, y, and their change since the last frame.
 
         Scaled to about unit deviation: one decision moves the lander by a hundredth of the picture.
         """
-        positions = seen["positions"][stacks]
+        positions = frame_store["positions"][frame_ids]
         x = torch.where(mirrored[:, None], -positions[..., 0], positions[..., 0])
         positions = torch.stack([x, positions[..., 1]], -1)
         return torch.cat([3 * positions, 60 * F.pad(positions.diff(dim=1), (0, 0, 1, 0))], -1)
 
     def decide(self, inputs, mirrored):
-        """inputs (B, I) -> logits (B, A), value (B,); in float32, since probabilities are exponentials."""
+        """inputs (B, I) -> PolicyOutput; in float32, since probabilities are exponentials."""
         with torch.autocast(inputs.device.type, enabled=False):
             hidden = self.hidden(inputs.float())
             logits = self.actor(hidden)
             if self.options.mirror:
-                logits = torch.where(mirrored[:, None], logits[:, MIRRORED_ACTIONS], logits)
-            return logits, self.critic(hidden)[:, 0]
+                logits = torch.where(mirrored[:, None], logits[:, list(self.spaces.mirrored_actions)], logits)
+            return PolicyOutput(Categorical(logits), self.critic(hidden)[:, 0])
 
 
 class CNN(Policy):
@@ -230,24 +330,25 @@ class CNN(Policy):
     class Options(Policy.Options):
         name: Literal["cnn"] = Field("cnn", description="which policy: a name in POLICIES")
 
-    def __init__(self, options, stack, planes, height, width, num_actions=4):
-        super().__init__(options, stack, planes, height, width, num_actions)
+    def __init__(self, options, spaces):
+        super().__init__(options, spaces)
+        planes = spaces.frame_stack * spaces.planes
         self.convs = nn.Sequential(
-            orthogonal(nn.Conv2d(stack * planes, 32, 4, stride=2)), nn.ReLU(),
+            orthogonal(nn.Conv2d(planes, 32, 4, stride=2)), nn.ReLU(),
             orthogonal(nn.Conv2d(32, 64, 3, stride=2)), nn.ReLU(),
             orthogonal(nn.Conv2d(64, 64, 3)), nn.ReLU(), nn.Flatten())
-        flat = self.convs(torch.zeros(1, stack * planes, *self.picture_size)).shape[1]
+        flat = self.convs(torch.zeros(1, planes, *self.picture_size)).shape[1]
         self.what = nn.Sequential(orthogonal(nn.Linear(flat, options.features)), nn.ReLU())
-        self.make_heads(options.features + 2 * stack)
+        self.make_heads(options.features + 2 * spaces.frame_stack)
 
-    def forward(self, seen, stacks):
-        mirrored = self.mirrored(seen, stacks)
-        turned = mirrored.repeat_interleave(self.stack) if self.options.mirror else None
-        pictures = take(seen["pictures"], stacks.flatten(), turned)
-        pictures = pictures.view(len(stacks), -1, *self.picture_size)  # (B, S * planes, h, w)
+    def forward(self, frame_store, frame_ids, minibatch=None):
+        mirrored = self.mirrored(frame_store, frame_ids)
+        turned = mirrored.repeat_interleave(self.spaces.frame_stack) if self.options.mirror else None
+        pictures = take(frame_store["pictures"], frame_ids.flatten(), turned)  # (B * S, planes, h, w)
+        pictures = pictures.view(len(frame_ids), -1, *self.picture_size)  # (B, S * planes, h, w)
         pictures = channels_last(pictures).div_(255).sub_(0.25)
         what = self.what(self.convs(pictures)).float()
-        places = self.places(seen, stacks, mirrored)
+        places = self.places(frame_store, frame_ids, mirrored)
         where = torch.cat([places[:, -1, :2], places[:, 1:, 2:].flatten(1)], 1)  # (B, 2 S): newest place, all changes
         return self.decide(torch.cat([what, where], 1), mirrored)
 
@@ -290,39 +391,40 @@ class Temporal(Policy):
                 raise ValueError(f"must divide width={width}")
             return value
 
-    def __init__(self, options, stack, planes, height, width, num_actions=4):
-        super().__init__(options, stack, planes, height, width, num_actions)
+    def __init__(self, options, spaces):
+        super().__init__(options, spaces)
         self.place = nn.Linear(4, options.width)
-        self.time = nn.Parameter(0.02 * torch.randn(stack, options.width))  # learned time positions
+        self.time = nn.Parameter(0.02 * torch.randn(spaces.frame_stack, options.width))  # learned time positions
         self.over_time = transformer(options.width, options.heads, options.layers)
         self.make_heads(options.width)
 
-    def look(self, frames):
-        """As Policy.look, and empty places for embeddings: one as seen, one as seen in the mirror."""
+    def preprocess(self, frames):
+        """As Policy.preprocess, and empty places for embeddings: one as seen, one as seen in the mirror."""
         blank = torch.zeros(len(frames), 2, self.options.width, device=frames.device)
-        return super().look(frames) | {"embeddings": blank, "embedded": blank[..., 0] > 0}
+        return super().preprocess(frames) | {"embeddings": blank, "embedded": blank[..., 0] > 0}
 
-    def pictures(self, seen, views):
+    def pictures(self, frame_store, views):
         """What the encoder reads. views int64 (V,): 2 * row, + 1 in the mirror -> float (V, 3, h, w) in 0..1."""
-        pictures = take(seen["pictures"], views // 2, views % 2 == 1)
+        pictures = take(frame_store["pictures"], views // 2, views % 2 == 1)
         return channels_last(pictures.expand(-1, 3, -1, -1)).div_(255)  # gray becomes three equal planes
 
-    def embed(self, seen, views):
+    def embed(self, frame_store, views):
         """views int64 (B, S) -> embeddings (B, S, width)."""
         if self.training:
             unique, where = views.unique(return_inverse=True)
-            return self.encoder(self.pictures(seen, unique))[where]
-        embeddings, embedded = seen["embeddings"].flatten(0, 1), seen["embedded"].flatten()  # writable views
+            return self.encoder(self.pictures(frame_store, unique))[where]
+        embeddings = frame_store["embeddings"].flatten(0, 1)  # a view, like the next: what is written stays
+        embedded = frame_store["embedded"].flatten()
         new = views[~embedded[views]].unique()
         if len(new):
-            embeddings[new] = self.encoder(self.pictures(seen, new)).float()
+            embeddings[new] = self.encoder(self.pictures(frame_store, new)).float()
             embedded[new] = True
         return embeddings[views]
 
-    def forward(self, seen, stacks):
-        mirrored = self.mirrored(seen, stacks)
-        steps = self.embed(seen, 2 * stacks + mirrored[:, None])
-        steps = steps + self.place(self.places(seen, stacks, mirrored)) + self.time  # (B, S, width)
+    def forward(self, frame_store, frame_ids, minibatch=None):
+        mirrored = self.mirrored(frame_store, frame_ids)
+        steps = self.embed(frame_store, 2 * frame_ids + mirrored[:, None])
+        steps = steps + self.place(self.places(frame_store, frame_ids, mirrored)) + self.time  # (B, S, width)
         return self.decide(self.over_time(steps)[:, -1], mirrored)
 
 
@@ -361,8 +463,8 @@ class TemporalResNet(Temporal):
                 raise ValueError(f"must not lie beyond depth={depth}")
             return value
 
-    def __init__(self, options, stack, planes, height, width, num_actions=4):
-        super().__init__(options, stack, planes, height, width, num_actions)
+    def __init__(self, options, spaces):
+        super().__init__(options, spaces)
         from torchvision.models import get_model
 
         whole = get_model(options.resnet, weights=None, zero_init_residual=True)
@@ -446,32 +548,34 @@ class TemporalResNet(Temporal):
             norm.reset_running_stats()
             norm.momentum = None  # a plain average
             norm.train()
-        seen = Policy.look(self, frames[:, -self.planes :])
-        pictures = super().pictures(seen, 2 * torch.arange(len(frames), device=frames.device))
+        frame_store = Policy.preprocess(self, frames[:, -self.spaces.planes :])
+        pictures = super().pictures(frame_store, 2 * torch.arange(len(frames), device=frames.device))
         for part in self.prepare(pictures).split(256):
             self.run(self.resnet, part)
         self.resnet.eval()
 
-    def look(self, frames):
+    def preprocess(self, frames):
         """With a frozen part, its maps of the picture and of its mirror image stand in the picture's place."""
-        seen = super().look(frames)
+        frame_store = super().preprocess(frames)
         if self.frozen:
             views = torch.arange(2 * len(frames), device=frames.device)
-            maps = self.run(self.frozen, self.prepare(super().pictures(seen, views)))
-            seen["pictures"] = maps.unflatten(0, (-1, 2))  # (B, 2, c, h, w)
-        return seen
+            maps = self.run(self.frozen, self.prepare(super().pictures(frame_store, views)))
+            frame_store["pictures"] = maps.unflatten(0, (-1, 2))  # (B, 2, c, h, w)
+        return frame_store
 
-    def pictures(self, seen, views):
+    def pictures(self, frame_store, views):
         if self.frozen:
-            return seen["pictures"].flatten(0, 1)[views]
-        return self.prepare(super().pictures(seen, views))
+            return frame_store["pictures"].flatten(0, 1)[views]
+        return self.prepare(super().pictures(frame_store, views))
 
     def parameter_groups(self):
         encoder = [p for p in self.resnet.parameters() if p.requires_grad]
         inside = {id(p) for p in self.resnet.parameters()}
         others = [p for p in self.parameters() if p.requires_grad and id(p) not in inside]
         groups = [{"params": others, "lr_scale": 1.0}]
-        return groups + [{"params": encoder, "lr_scale": self.options.encoder_learning_rate}] * bool(encoder)
+        if encoder:
+            groups.append({"params": encoder, "lr_scale": self.options.encoder_learning_rate})
+        return groups
 
 
 class Transformer(Temporal):
@@ -494,8 +598,8 @@ class Transformer(Temporal):
                 raise ValueError(f"must be a multiple of heads={info.data['heads']}")
             return value
 
-    def __init__(self, options, stack, planes, height, width, num_actions=4):
-        super().__init__(options, stack, planes, height, width, num_actions)
+    def __init__(self, options, spaces):
+        super().__init__(options, spaces)
         tokens = (-(-self.picture_size[0] // options.patch)) * (-(-self.picture_size[1] // options.patch))
         size = options.spatial_width
         channels, layers = 3, []
@@ -518,6 +622,6 @@ class Transformer(Temporal):
 POLICIES = {"cnn": CNN, "temporal_resnet": TemporalResNet, "transformer": Transformer}
 
 
-def make_policy(options, stack, planes, height, width):
-    """The untrained policy of `options` for stacks of `stack` frames, each uint8 (planes, height, width)."""
-    return POLICIES[options.name](options, stack, planes, height, width)
+def make_policy(options, spaces):
+    """The untrained policy of `options` for what `spaces` says it sees and does."""
+    return POLICIES[options.name](options, spaces)

@@ -13,7 +13,6 @@ if __name__ == "__main__":
 
 import argparse
 import csv
-import sys
 from io import BytesIO
 from pathlib import Path
 
@@ -23,18 +22,18 @@ matplotlib.use("Agg")  # draws into files; no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
 
-from checkpoint import write_atomically
+from machinery.diagnostics import CLIP_FRACTION_BAND, KL_BAND
+from machinery.errors import UserError, one_line
+from machinery.files import write_atomically
+from task import SOLVED
 
 NEEDED = (
     "frames", "rollout/return_mean", "rollout/landed_rate", "update/clip_fraction", "update/approx_kl",
     "update/entropy", "update/explained_variance", "eval/return_mean", "speed/total_seconds")
-SOLVED = 200  # mean return from which the task counts as solved
-# Rules of thumb; the README says what they are good for.
-CLIP_FRACTION_BAND, KL_BAND = (0.1, 0.2), (0.0, 0.3)
 
 
-class PlotError(Exception):
-    """Metrics that cannot be read; one line."""
+class PlotError(UserError):
+    """Metrics that cannot be read, or a picture that cannot be drawn."""
 
 
 def read_metrics(run):
@@ -133,7 +132,7 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", metavar="RUN | LABEL=RUN,RUN")
     parser.add_argument("--output", type=Path, help="PNG; default: curves.png in the run's folder, or compare.png")
     args = parser.parse_args(argv)
-    try:
+    with one_line("plot.py"):
         if len(args.runs) == 1 and "=" not in args.runs[0]:
             run = Path(args.runs[0])
             output = args.output or (run if run.is_dir() else run.parent) / "curves.png"
@@ -145,8 +144,6 @@ def main(argv=None):
             if len(groups) < len(named):
                 raise PlotError("a label is given twice; several runs of one label are written LABEL=RUN,RUN")
             draw_comparison(groups, output)
-    except (PlotError, OSError) as error:
-        sys.exit(f"plot.py: {error}")
     print(output)
 
 

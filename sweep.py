@@ -26,12 +26,15 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import CheckpointError, load_checkpoint
-from config import Config, ConfigError, load_config
-from plot import SOLVED, PlotError, reached, read_metrics
-from run_folder import RESUMABLE, is_finished
-from signals import Interrupted, SignalWatch
-from tracking import Outlet, TrackingError, connect, first_line, store_error
+from machinery.checkpoint import CheckpointError, load_checkpoint
+from machinery.config import Config, ConfigError, load_config
+from machinery.errors import first_line, one_line
+from machinery.run_folder import RESUMABLE, is_finished
+from machinery.signals import SignalWatch
+from machinery.terminal import Outlet
+from machinery.tracking import connect, store_error
+from plot import PlotError, reached, read_metrics
+from task import SOLVED
 
 TRAIN = Path(__file__).parent / "train.py"
 
@@ -66,7 +69,7 @@ class Job:
 
     def start(self, parent, own_log):
         """The process that trains it; in a session of its own, so that Ctrl-C reaches it through this script, once."""
-        may_change = [f"{key}={json.dumps(value)}" for key, value in self.config.flat().items()
+        may_change = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in self.config.flat().items()
                       if key.startswith(RESUMABLE) and key != "tracking.parent"]
         how = ["--resume", self.folder, *may_change] if self.begun() else ["--config", self.source, *self.overrides]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +130,7 @@ def run_all(jobs, at_once, parent, watch):
     for job in jobs:
         if job not in waiting:
             print(f"{job.folder}: done before", flush=True)
-    watch.patient = True
+    watch.deferred = True
     try:
         while (waiting or active) and not watch.received:
             while waiting and len(active) < at_once:
@@ -197,7 +200,7 @@ def main(argv=None):
     overrides = [*args.overrides, *(word for word in args.seeds if "=" in word)]  # --seeds takes all that follows it
     seeds = list(dict.fromkeys(word for word in args.seeds if "=" not in word))
     name, watch = args.name or Path(args.config).stem, SignalWatch()
-    try:
+    with one_line("sweep.py"):
         if args.jobs < 1:
             raise ConfigError(f"--jobs {args.jobs}: must be 1 or more")
         if not seeds:
@@ -213,10 +216,6 @@ def main(argv=None):
         finally:
             if client:
                 close_parent(client, parent, status)
-    except Interrupted as interruption:  # before anything was started
-        sys.exit(interruption.code)
-    except (ConfigError, TrackingError, OSError) as error:
-        sys.exit(f"sweep.py: {error}")
     print(f"\n{summary(jobs)}\n\n{plot_command(jobs)}")
     if watch.received:
         print("stopped; the same command goes on")

@@ -5,7 +5,17 @@
     python train.py --resume latest
     torchrun --standalone --nproc_per_node=2 train.py --config configs/cnn.yaml
 
-The algorithm is Schulman et al. 2017, "Proximal Policy Optimization Algorithms" (arXiv:1707.06347).
+The algorithm is Schulman et al. 2017, "Proximal Policy Optimization Algorithms" (arXiv:1707.06347). In reading order:
+
+    Rollout             the container: T decisions of N landers; rollout[indices] is a minibatch of them
+    collect             plays T decisions with each lander; values the last frames of truncated episodes
+    compute_advantages  generalised advantage estimation
+    ppo_loss            clipped policy loss, value loss, entropy bonus
+    update              epochs of shuffled minibatches
+    Trainer             policy, optimizer and landers; `iterate` is one round of the above
+    train               the loop
+
+machinery/ has what keeps a run safe, seen and repeatable.
 """
 
 import os
@@ -16,183 +26,171 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is loaded; SignalWatch takes over
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is loaded; later it saves
 
 import argparse
 import copy
-import ctypes
 import sys
 import time
 from collections import deque
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from checkpoint import (
-    POLICY_FILE,
-    CheckpointError,
-    build_policy,
-    load_policy,
-    load_weights,
-    policy_bytes,
-    read_checkpoint,
-    save_checkpoint,
-    write_atomically,
-)
-from config import ConfigError
-from diagnostics import Diagnostics
-from distributed import ALONE, World, launcher
-from envs import NUM_ACTIONS, OUTCOMES, SELECTION_SEED, RenderedLander, WorkerError, make_vector_env
-from evaluate import VideoRecorder, evaluate, play, print_report
-from models import CalibrationError, WeightsError
-from plot import PlotError, draw_run
-from run_folder import is_finished, start_run
-from signals import Interrupted, SignalWatch
-from tracking import Outlet, Progress, Tracker, TrackingError
+from envs import EPISODE_METRICS, WorkerError, make_vector_env
+from evaluate import evaluate, play
+from machinery.checkpoint import build_policy, load_weights
+from machinery.device import autocast, choose_device, cores_for, keep_freed_memory
+from machinery.errors import one_line
+from machinery.processes import ALONE, Processes
+from machinery.run import open_run
+from machinery.terminal import Outlet
+from models import PolicyError
+from plot import draw_run
+from task import ACTIONS
 
 
 @dataclass
 class Rollout:
-    """num_steps decisions of N landers. Row t: what was seen, done and received at decision t."""
+    """T decisions of N landers: what each saw, did and received. As `rollout[indices]`, a minibatch of B of them."""
 
-    seen: dict  # of tensors (stack + T, N, ...): what the policy's `look` made of each frame, history first
-    stacks: torch.Tensor  # int64 (T + 1, N, stack): frames of each decision, oldest first, as rows of `seen` flattened
-    actions: torch.Tensor  # int64 (T, N)
+    frame_store: dict  # of tensors, one row per frame, (rows, ...): what the policy's `preprocess` made of it
+    frame_ids: torch.Tensor  # int64 (T, N, S): the rows of frame_store that each decision saw, oldest frame first
+    actions: torch.Tensor  # (T, N, ...)
     log_probs: torch.Tensor  # float32 (T, N), log pi(action | frames) when the action was drawn
     values: torch.Tensor  # float32 (T, N)
+    next_values: torch.Tensor  # float32 (T, N), value of the frames that followed; see collect for endings
     rewards: torch.Tensor  # float32 (T, N), scaled
     terminated: torch.Tensor  # bool (T, N): the episode ended at this decision; nothing comes after
     truncated: torch.Tensor  # bool (T, N): the episode was cut off at this decision
-    final_values: torch.Tensor  # float32 (T, N): value of the last frames of a truncated episode, else 0
-    next_value: torch.Tensor  # float32 (N,): value of the frames after the last decision
+    advantages: torch.Tensor  # float32 (T, N)
+    returns: torch.Tensor  # float32 (T, N), targets of the value function
 
     @classmethod
-    def empty(cls, num_steps, num_envs, stack, seen):
-        """Room for num_steps decisions of num_envs landers; `seen` is an example of looked-at frames, (B, ...)."""
-        device = next(iter(seen.values())).device
+    def empty(cls, num_steps, frame_stack, frame_store, actions):
+        """Room for num_steps decisions. Examples of one decision of each lander: `preprocess`'s result and actions."""
+        n, device = len(actions), next(iter(frame_store.values())).device
 
-        def make(dtype, *shape, rows=num_steps):
-            return torch.zeros(rows, num_envs, *shape, dtype=dtype, device=device)
+        def room(dtype=torch.float32, *shape, rows=num_steps):
+            return torch.zeros(rows, n, *shape, dtype=dtype, device=device)
 
+        rows = frame_stack + num_steps  # the stack that the rollout begins with, then a frame after each decision
+        store = {key: room(t.dtype, *t.shape[1:], rows=rows).flatten(0, 1) for key, t in frame_store.items()}
         return cls(
-            {key: make(tensor.dtype, *tensor.shape[1:], rows=stack + num_steps) for key, tensor in seen.items()},
-            make(torch.int64, stack, rows=num_steps + 1),
-            make(torch.int64), make(torch.float32), make(torch.float32), make(torch.float32),
-            make(torch.bool), make(torch.bool), make(torch.float32), torch.zeros(num_envs, device=device))
+            store, room(torch.int64, frame_stack), room(actions.dtype, *actions.shape[1:]), log_probs=room(),
+            values=room(), next_values=room(), rewards=room(), terminated=room(torch.bool), truncated=room(torch.bool),
+            advantages=room(), returns=room())
 
-    def flat_seen(self):
-        """The frames as one batch, (rows * N, ...), which `stacks` counts in; views, not copies."""
-        return {key: tensor.flatten(0, 1) for key, tensor in self.seen.items()}
+    def __getitem__(self, indices):
+        """The decisions `indices`, int64 (B,), of all T * N in a row: every field (B, ...); the whole frame store."""
+        fields = {key: value.flatten(0, 1)[indices] for key, value in vars(self).items() if key != "frame_store"}
+        return Rollout(self.frame_store, **fields)
 
 
 @torch.no_grad()
 def collect(envs, policy, rollout, frames, reward_scale, autocast):
-    """Play len(rollout.actions) decisions with the policy's own samples, filling `rollout` in place.
+    """Play T decisions with the policy's own samples, filling `rollout` in place but for advantages and returns.
 
     `frames` are the current observations, uint8 (N, K, H, W); returns those after the last decision and a dict:
-    the episodes that ended (lists of return, length, outcome) and the physics steps done.
+    the episodes that ended, a list of {name of envs.EPISODE_METRICS: number}, and the physics steps done.
     """
     policy.eval()
-    num_envs, device, stack = len(frames), rollout.values.device, rollout.stacks.shape[2]
+    device, (num_steps, num_envs, frame_stack) = rollout.values.device, rollout.frame_ids.shape
+    final_values = torch.zeros_like(rollout.values)  # of the last frames of truncated episodes
     episodes, env_frames = [], 0
-    seen = rollout.flat_seen()
-    back = torch.arange(stack - 1, -1, -1, device=device)  # how long ago each frame of a stack was
-    age = torch.full((num_envs, 1), stack, device=device)  # decisions since the first frame of the episode
+
+    def store(row, newest):
+        """Keep each lander's newest frame, uint8 (N, C, H, W)."""
+        if device.type == "cuda":
+            newest = newest.pin_memory()  # the one copy; the GPU fetches it from there by itself
+        with autocast:
+            for key, tensor in policy.preprocess(newest.to(device, non_blocking=True)).items():
+                rollout.frame_store[key][row * num_envs : (row + 1) * num_envs] = tensor
+
+    # Which frames a decision sees. Row r of the store holds one frame per lander: lander n's has the id r * N + n.
+    # Example with N = 2 landers and stacks of S = 3. Rows 0, 1, 2 are the stack that the rollout begins with, and row
+    # 2 + t is the newest one at decision t. Lander 1 sees ids [1, 3, 5] at decision 0 and [3, 5, 7] at decision 1. If
+    # its episode ends with decision 1, row 4 (id 9) is the first frame of the next one, which stands in for those
+    # before it: [9, 9, 9] at decision 2, [9, 9, 11] at decision 3.
+    ago = torch.arange(frame_stack - 1, -1, -1, device=device)  # (S,), decisions since each frame of a stack
+    age = torch.full((num_envs, 1), frame_stack, device=device)  # decisions since the first frame of the episode
     lander = torch.arange(num_envs, device=device)[:, None]
 
-    def look(row, frame):
-        if device.type == "cuda":
-            frame = frame.pin_memory()  # the one copy; the GPU fetches it from there by itself
-        with autocast:
-            for key, tensor in policy.look(frame.to(device, non_blocking=True)).items():
-                rollout.seen[key][row] = tensor
-
     def decide(t):
-        # An episode's first frame stands in for those before it.
-        rollout.stacks[t] = (stack - 1 + t - torch.minimum(back, age)) * num_envs + lander
+        frame_ids = (frame_stack - 1 + t - torch.minimum(ago, age)) * num_envs + lander  # (N, S)
         with autocast:
-            return policy(seen, rollout.stacks[t])
+            return frame_ids, policy(rollout.frame_store, frame_ids)
 
-    for row, frame in enumerate(frames.chunk(stack, dim=1)):
-        look(row, frame)
-    for t in range(len(rollout.actions)):
-        logits, value = decide(t)
-        log_probs = logits.log_softmax(-1)
-        if not torch.isfinite(log_probs.sum() + value.sum()):
+    for row, older in enumerate(frames.chunk(frame_stack, dim=1)):
+        store(row, older)
+    for t in range(num_steps):
+        rollout.frame_ids[t], output = decide(t)
+        if not torch.isfinite(output.distribution.entropy().sum() + output.value.sum()):
             raise FloatingPointError("the policy's logits or values are not finite; stopped before the optimizer")
-        action = torch.multinomial(log_probs.exp(), 1)  # (N, 1)
-        rollout.actions[t] = action[:, 0]
-        rollout.log_probs[t] = log_probs.gather(1, action)[:, 0]
-        rollout.values[t] = value
+        rollout.actions[t] = output.distribution.sample()
+        rollout.log_probs[t] = output.distribution.log_prob(rollout.actions[t])
+        rollout.values[t] = output.value
 
-        batch = envs.step(action.view(envs.num_envs, -1).cpu().numpy())
-        observations, rewards, terminated, truncated, info = batch
+        observations, rewards, terminated, truncated, info = envs.step(rollout.actions[t].cpu().numpy())
         if not np.isfinite(rewards).all():
             raise FloatingPointError("a reward is not finite; stopped before the optimizer")
-        frames = torch.from_numpy(observations.reshape(frames.shape))
-        look(stack + t, frames.chunk(stack, dim=1)[-1])
-        rollout.rewards[t] = torch.from_numpy(rewards.reshape(num_envs)).to(rollout.rewards) * reward_scale
-        rollout.terminated[t] = torch.from_numpy(terminated.reshape(num_envs))
-        rollout.truncated[t] = torch.from_numpy(truncated.reshape(num_envs))
+        frames = torch.from_numpy(observations)
+        store(frame_stack + t, frames.chunk(frame_stack, dim=1)[-1])
+        rollout.rewards[t] = torch.from_numpy(rewards).to(rollout.rewards) * reward_scale
+        rollout.terminated[t], rollout.truncated[t] = torch.from_numpy(terminated), torch.from_numpy(truncated)
         age = torch.where((rollout.terminated[t] | rollout.truncated[t])[:, None], 0, age + 1)
-        env_frames += int(info["env_frames"].sum())
-        rollout.final_values[t] = 0
-        if truncated.any():
-            ended = rollout.truncated[t]
-            final_frames = torch.from_numpy(info["final_frames"].reshape(frames.shape)).to(device)
+        if truncated.any():  # the truncation bootstrap: what a cut-off episode would still have brought
+            final_frames = torch.from_numpy(info["final_frames"][truncated]).to(device)
             with autocast:
-                rollout.final_values[t, ended] = policy(*policy.see(final_frames[ended]))[1]
-        for i in np.flatnonzero(terminated | truncated):
-            episodes.append(tuple(info[f"episode_{key}"].flat[i] for key in ("return", "length", "outcome")))
-    rollout.next_value.copy_(decide(len(rollout.actions))[1])
+                final_values[t, rollout.truncated[t]] = policy(*policy.preprocess_stacks(final_frames)).value
+        env_frames += int(info["env_frames"].sum())
+        for n in np.flatnonzero(terminated | truncated):
+            episodes.append({key: float(values[n]) for key, values in info["episode"].items()})
+    following = torch.cat([rollout.values[1:], decide(num_steps)[1].value[None]])  # (T, N)
+    # After an ending it would be that of the next episode. Nothing follows a termination: 0.
+    rollout.next_values[:] = torch.where(rollout.terminated | rollout.truncated, final_values, following)
     return frames, {"episodes": episodes, "env_frames": env_frames}
 
 
 @torch.no_grad()
 def compute_advantages(rollout, gamma, gae_lambda):
-    """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, eqs. 11 and 16).
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, eqs. 11 and 16), in place.
 
-    Returns advantages and returns (targets of the value function), both float32 (T, N). After a termination the value
-    is 0; after a truncation it is that of the episode's last frames; nothing of the next episode counts.
+    A_t = delta_t + gamma * lambda * A_{t+1} within an episode, delta_t = r_t + gamma * V(s_{t+1}) - V(s_t); the
+    returns, which the value function is to learn, are A_t + V(s_t).
     """
-    advantages = torch.zeros_like(rollout.rewards)
-    advantage = torch.zeros_like(rollout.next_value)
-    next_value = rollout.next_value
+    advantage = torch.zeros_like(rollout.values[0])  # (N,)
     for t in reversed(range(len(rollout.rewards))):
         ended = rollout.terminated[t] | rollout.truncated[t]
-        bootstrap = torch.where(ended, rollout.final_values[t], next_value)
-        delta = rollout.rewards[t] + gamma * bootstrap - rollout.values[t]
+        delta = rollout.rewards[t] + gamma * rollout.next_values[t] - rollout.values[t]
         advantage = delta + gamma * gae_lambda * ~ended * advantage
-        advantages[t] = advantage
-        next_value = rollout.values[t]
-    return advantages, advantages + rollout.values
+        rollout.advantages[t] = advantage
+    rollout.returns[:] = rollout.advantages + rollout.values
 
 
-def ppo_loss(logits, value, batch, ppo, entropy_coef, world=ALONE):
+def ppo_loss(output, minibatch, ppo, entropy_coef, processes=ALONE):
     """The clipped surrogate objective with value loss and entropy bonus (eqs. 7 and 9), to be minimised.
 
-    logits (B, A), value (B,); batch: dict of actions, log_probs, advantages, returns, values, each (B,). Advantages are
-    normalised over the minibatches of all processes of `world`. Returns the loss and a dict of detached metrics.
+    output: the models.PolicyOutput for `minibatch`, a Rollout of B decisions. Advantages are normalised over the
+    minibatches of all processes. Returns the loss and a dict of detached metrics.
     """
-    log_probs = logits.log_softmax(-1)
-    entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
-    logratio = log_probs.gather(1, batch["actions"][:, None])[:, 0] - batch["log_probs"]
+    entropy = output.distribution.entropy().mean()
+    logratio = output.distribution.log_prob(minibatch.actions) - minibatch.log_probs
     ratio = logratio.exp()
-    advantages = batch["advantages"]
+    advantages = minibatch.advantages
     if ppo.normalize_advantages:
-        everyones = world.join_tensors(advantages)
+        everyones = processes.all_gather(advantages)
         advantages = (advantages - everyones.mean()) / (everyones.std() + 1e-8)
     clipped = ratio.clamp(1 - ppo.clip_coef, 1 + ppo.clip_coef)
     policy_loss = -torch.min(ratio * advantages, clipped * advantages).mean()
 
-    error = (value - batch["returns"]) ** 2
+    error = (output.value - minibatch.returns) ** 2
     if ppo.value_clip:
-        change = (value - batch["values"]).clamp(-ppo.clip_coef, ppo.clip_coef)
-        error = torch.max(error, (batch["values"] + change - batch["returns"]) ** 2)
+        change = (output.value - minibatch.values).clamp(-ppo.clip_coef, ppo.clip_coef)
+        error = torch.max(error, (minibatch.values + change - minibatch.returns) ** 2)
     value_loss = 0.5 * error.mean()
 
     with torch.no_grad():
@@ -213,30 +211,28 @@ def explained_variance(values, returns):
     return float(1 - (returns - values).var() / variance) if variance > 0 else float("nan")
 
 
-def update(policy, optimizer, rollout, advantages, returns, ppo, entropy_coef, autocast, generator, world=ALONE):
+def update(policy, optimizer, rollout, ppo, entropy_coef, autocast, generator, processes=ALONE):
     """update_epochs passes over the rollout in shuffled minibatches. Returns metrics, means over all minibatches.
 
     With many processes, `policy` averages their gradients, and metrics are those of all their minibatches.
     """
     policy.train()
-    flat = {
-        "actions": rollout.actions, "log_probs": rollout.log_probs, "values": rollout.values,
-        "advantages": advantages, "returns": returns}
-    flat = {key: tensor.flatten() for key, tensor in flat.items()}  # (T * N,)
-    seen, stacks = rollout.flat_seen(), rollout.stacks[:-1].flatten(0, 1)  # (T * N, S)
-    # Decisions are shuffled in segments of one lander's successive ones, which share most of their frames.
-    length, num_envs = ppo.segment_length, advantages.shape[1]
-    segments = torch.arange(advantages.numel(), device=advantages.device).view(-1, length, num_envs)
-    segments = segments.transpose(1, 2).reshape(-1, length)
+    # What is shuffled are segments: successive decisions of one lander, which share most of their frames. Example with
+    # T = 4, N = 2, segments of 2, decisions numbered t * N + n: [0, 2], [1, 3] of landers 0 and 1, then [4, 6], [5, 7].
+    num_envs, device = rollout.values.shape[1], rollout.values.device
+    decisions = torch.arange(rollout.values.numel(), device=device).view(-1, ppo.segment_length, num_envs)
+    segments = decisions.transpose(1, 2).reshape(-1, ppo.segment_length)
     parameters = [p for p in policy.parameters() if p.requires_grad]
     sums, count = {}, 0
     for _ in range(ppo.update_epochs):
-        epoch_kl, order = 0.0, torch.randperm(len(segments), generator=generator).to(advantages.device)
+        epoch_kl, order = 0.0, torch.randperm(len(segments), generator=generator).to(device)
         for indices in segments[order].flatten().chunk(ppo.num_minibatches):
-            batch = {key: tensor[indices] for key, tensor in flat.items()}
+            minibatch = rollout[indices]
             with autocast:
-                logits, value = policy(seen, stacks[indices])
-            loss, metrics = ppo_loss(logits, value, batch, ppo, entropy_coef, world)
+                output = policy(minibatch.frame_store, minibatch.frame_ids, minibatch)
+            loss, metrics = ppo_loss(output, minibatch, ppo, entropy_coef, processes)
+            for name, auxiliary in output.losses.items():
+                loss, metrics[f"{name}_loss"] = loss + auxiliary, auxiliary.detach()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             metrics["grad_norm"] = nn.utils.clip_grad_norm_(parameters, ppo.max_grad_norm).detach()
@@ -248,19 +244,19 @@ def update(policy, optimizer, rollout, advantages, returns, ppo, entropy_coef, a
             epoch_kl += float(metrics["approx_kl"]) / ppo.num_minibatches
             for key, metric in metrics.items():
                 sums[key] = sums.get(key, 0.0) + float(metric)
-        if ppo.target_kl is not None and world.mean(epoch_kl) > ppo.target_kl:
+        if ppo.target_kl is not None and processes.mean(epoch_kl) > ppo.target_kl:
             break
     if not all(torch.isfinite(tensor).all() for tensor in policy.state_dict().values()):
         raise FloatingPointError("the weights are not finite; stopped after the optimizer")
-    means = {key: world.mean(total / count) for key, total in sums.items()}
-    values, returns = world.join_tensors(rollout.values), world.join_tensors(returns)
+    means = {key: processes.mean(total / count) for key, total in sums.items()}
+    values, returns = processes.all_gather(rollout.values), processes.all_gather(rollout.returns)
     return means | {"explained_variance": explained_variance(values, returns)}
 
 
 def schedule(ppo, env_frames, late):
-    """Learning rate and entropy bonus now: linear warm-up and annealing, and the late stage once the return is high.
+    """Learning rate and entropy coefficient now: linear warm-up and annealing, then the late stage.
 
-    An agent that lands needs smaller steps and less exploration to land well.
+    The late stage begins once the policy lands well. It needs small steps then, and no bonus for trying other actions.
     """
     left = max(1 - env_frames / ppo.total_frames, 0) if ppo.anneal else 1
     warm = min((env_frames + 1) / ppo.warmup_frames, 1) if ppo.warmup_frames else 1
@@ -269,185 +265,130 @@ def schedule(ppo, env_frames, late):
         ppo.entropy_coef * (ppo.late_entropy if late else 1))
 
 
-def fast_bf16(device):
-    """Whether bfloat16 is computed in hardware; a CPU without such instructions emulates it many times slower."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    try:
-        words = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return False
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})  # x86, x86, ARM
-
-
-def keep_freed_memory():
-    """Tell glibc to keep what is freed, in pieces of up to 32 MiB, the most it allows, for what is allocated next.
-
-    By itself it may give the tensors of a minibatch back to the kernel, which clears every page of the next one's.
-    """
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # other C libraries have none
-        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
-        mallopt(m_mmap_threshold, 2**25)
-        mallopt(m_trim_threshold, 2**31 - 1)
-
-
-class TrainingError(Exception):
-    """Training cannot go on; one line."""
-
-
-# Name: a metric, and from what value on the milestone is reached; if several at once, the last is filmed.
-MILESTONES = {
-    "first-landing": ("rollout/landed_rate", 0.01),
-    "return-100": ("rollout/return_mean", 100),
-    "return-200": ("rollout/return_mean", 200),
-}
+def episode_means(episodes):
+    """{metric: mean} of the EPISODE_METRICS; before the first episode has ended, a rate is 0 and any other mean nan."""
+    if not episodes:
+        return {key: 0.0 if key.endswith("_rate") else float("nan") for key in EPISODE_METRICS}
+    return {key: float(np.mean([episode.get(key, np.nan) for episode in episodes])) for key in EPISODE_METRICS}
 
 
 class Trainer:
-    """Everything that a training run is made of, and nothing that PPO needs to know: begin, go on, save, resume."""
+    """Policy, optimizer and landers, and how far they have come; machinery.run.Run has all else of a run."""
 
-    def __init__(self, config, folder, state=None, world=ALONE):
+    def __init__(self, config, state=None, processes=ALONE):
+        """state: the dict in a checkpoint, to go on from it."""
         keep_freed_memory()
-        self.config, self.folder, self.world, run, env = config, folder, world, config.run, config.env
-        automatic = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(automatic if run.device == "auto" else run.device)
-        if self.device.type == "cuda" and world.size > 1:
-            if self.device.index is not None:
-                raise ConfigError(f"run.device={run.device}: many processes need a GPU each; run.device=cuda gives it")
-            self.device = torch.device("cuda", world.local_rank)
-        if self.device.type == "cuda" and (self.device.index or 0) >= torch.cuda.device_count():
-            raise ConfigError(
-                f"run.device={run.device}: this machine has {torch.cuda.device_count()} GPUs that torch can use; "
-                "run.device=auto takes what there is")
-        if self.device.type == "cuda" and world.size > 1:
-            torch.cuda.set_device(self.device)
-        self.num_threads = run.num_threads or max(len(os.sched_getaffinity(0)) // world.local_size, 1)
-        self.autocast = torch.autocast(
-            self.device.type, torch.bfloat16, enabled=fast_bf16(self.device) if run.bf16 is None else run.bf16)
-        torch.manual_seed(run.seed)
-        self.generator = torch.Generator().manual_seed(world.seed(run.seed))  # shuffles minibatches
+        self.config, self.processes, env, seed = config, processes, config.env, config.run.seed
+        self.device = choose_device(config.run.device, processes)
+        self.num_threads = config.run.num_threads or cores_for(processes)
+        self.autocast = autocast(self.device, config.run.bf16)
+        torch.manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(processes.seed(seed))  # shuffles minibatches
         self.policy = build_policy(config)
         if not state:
             self.policy.load_pretrained()
         self.policy.to(self.device)
         self.optimizer = torch.optim.Adam(
             self.policy.parameter_groups(), lr=config.ppo.learning_rate, eps=config.ppo.adam_eps)
-        if world.rank:
-            torch.manual_seed(world.seed(run.seed))  # draws actions
+        if processes.rank:
+            torch.manual_seed(processes.seed(seed))  # draws actions
+        self.counters = {"env_frames": 0, "updates": 0, "late": False}
+        self.recent = deque(maxlen=100)  # {metric: number} of the last episodes
+        self.between_updates = True  # else the weights are those of an update that is not done
         self.envs = self._make_envs()
-        self.counters = {
-            "env_frames": 0, "updates": 0, "seconds": 0.0, "late": False, "best": None,
-            "next_evaluation": config.evaluation.interval, "milestones": [],
-            "scored": None}  # episodes of the final score, once it is done
-        self.recent = deque(maxlen=100)  # (return, length, outcome) of the last episodes
-        self.landers = [[1, []] for _ in range(env.num_envs)]  # episodes begun, actions of the last: LanderGroup.state
-        self.run_id = None
-        self.between_updates = True
-        self.unsaved_best = None  # bytes of the policy file that a full disk did not take
         if state:
             self._restore(state)
         else:
-            self.frames = self._frames(self.envs.reset()[0])
+            self.frames = torch.from_numpy(self.envs.reset()[0])
             self._calibrate()
-        self.learner = world.parallel(self.policy, self.frames.to(self.device))
         newest = self.frames.chunk(env.frame_stack, dim=1)[-1].to(self.device)
         with self.autocast:
-            seen = self.policy.look(newest)
-        self.rollout = Rollout.empty(config.ppo.num_steps, env.num_envs, env.frame_stack, seen)
+            frame_store = self.policy.preprocess(newest)
+        actions = torch.from_numpy(np.zeros(self.envs.action_space.shape, self.envs.action_space.dtype))
+        self.rollout = Rollout.empty(config.ppo.num_steps, env.frame_stack, frame_store, actions)
+        self.learner = processes.parallel(self.policy, self.rollout[torch.zeros(1, dtype=torch.int64)])
 
     def _make_envs(self):
         """This process's landers. Over all processes they are those that one process with as many would play."""
         env = self.config.env
         return make_vector_env(
-            seed=self.config.run.seed, first_lander=self.world.rank * env.num_envs, **env.model_dump())
-
-    def _frames(self, observations):
-        return torch.from_numpy(np.asarray(observations)).flatten(0, 1)  # (workers, M, K, H, W) -> (N, K, H, W)
+            seed=self.config.run.seed, first_env=self.processes.rank * env.num_envs, **env.model_dump())
 
     def _calibrate(self, decisions=20):
         """Let the policy see some frames of random play, for what it can learn from frames alone."""
-        shape, seen = (self.envs.num_envs, self.config.env.num_envs // self.envs.num_envs), []
+        seen = []
         for _ in range(decisions):
-            actions = torch.randint(NUM_ACTIONS, shape, generator=self.generator).numpy()
-            observations, _, terminated, truncated, _ = self.envs.step(actions)
-            self.frames = self._frames(observations)
-            self._follow(actions.reshape(1, -1), (terminated | truncated).reshape(1, -1))
+            actions = torch.randint(len(ACTIONS), (self.config.env.num_envs,), generator=self.generator)
+            self.frames = torch.from_numpy(self.envs.step(actions.numpy())[0])
             seen.append(self.frames.clone())
         self.policy.calibrate(torch.cat(seen).to(self.device))
 
-    def _follow(self, actions, ended):
-        """Keep account of what the landers did, so that a checkpoint needs no answer from workers. Both (T, N)."""
-        for row, ends in zip(actions.tolist(), ended.tolist(), strict=True):
-            for lander, action, end in zip(self.landers, row, ends, strict=True):
-                if end:
-                    lander[:] = lander[0] + 1, []
-                else:
-                    lander[1].append(action)
+    def iterate(self):
+        """Collect, compute advantages, update; the metrics of this iteration."""
+        ppo, counters, start = self.config.ppo, self.counters, time.perf_counter()
+        learning_rate, entropy_coef = schedule(ppo, counters["env_frames"], counters["late"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group["lr_scale"]
+        torch.set_num_threads(1)  # while the workers have the cores
+        self.frames, stats = collect(self.envs, self.policy, self.rollout, self.frames, ppo.reward_scale, self.autocast)
+        torch.set_num_threads(self.num_threads)
+        collected = time.perf_counter()
+        compute_advantages(self.rollout, ppo.gamma, ppo.gae_lambda)
+        self.between_updates = False
+        learned = update(self.learner, self.optimizer, self.rollout, ppo, entropy_coef, self.autocast, self.generator,
+                         self.processes)
+        end = time.perf_counter()
+
+        everyones = self.processes.all_gather_object(stats)
+        env_frames = sum(stats["env_frames"] for stats in everyones)
+        self.recent.extend(episode for stats in everyones for episode in stats["episodes"])
+        counters["env_frames"] += env_frames
+        counters["updates"] += 1
+        episodes = episode_means(self.recent)
+        if ppo.late_return is not None and len(self.recent) == self.recent.maxlen:
+            counters["late"] |= episodes["return_mean"] >= ppo.late_return
+        return {
+            **{f"rollout/{key}": value for key, value in episodes.items()},
+            **{f"update/{key}": value for key, value in learned.items()},
+            "schedule/learning_rate": learning_rate,
+            "schedule/entropy_coef": entropy_coef,
+            "speed/frames_per_second": env_frames / (end - start),
+            "speed/collect_seconds": collected - start,
+            "speed/update_seconds": end - collected,
+        }
 
     def snapshot(self):
-        """What a bit-exact continuation needs besides weights and optimizer, taken between two updates.
+        """All that a bit-exact continuation needs besides weights and optimizer, taken between two iterations.
 
-        Of many processes, each one's landers and random numbers; and then weights and optimizer too, since the first
-        process must be able to save them when another has died in the midst of the next update.
+        Of many processes each has its own landers and random numbers. There the snapshot holds weights and optimizer,
+        too: the first process must be able to save them when another has died in the middle of the next update.
         """
         own = {
             "generator": self.generator.get_state(),
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [],
-            "landers": [[episodes, list(actions)] for episodes, actions in self.landers],
+            "landers": copy.deepcopy(self.envs.state),
         }
-        shared = {
-            "counters": dict(self.counters),
-            "recent": [list(map(float, episode)) for episode in self.recent],
-            "run_id": self.run_id,
-        }
-        if self.world.size > 1 and self.world.rank == 0:
-            shared |= copy.deepcopy(self._learned())
-        return shared | own | {"peers": self.world.gather(own)[1:]}
+        shared = {"counters": dict(self.counters), "recent": list(self.recent)}
+        if self.processes.size > 1 and self.processes.rank == 0:
+            shared |= copy.deepcopy(self.learned())
+        snapshot = shared | own | {"peers": self.processes.all_gather_object(own)[1:]}
+        self.between_updates = True
+        return snapshot
 
-    def _learned(self):
+    def learned(self):
         return {"policy": self.policy.state_dict(), "optimizer": self.optimizer.state_dict()}
 
-    def save(self, snapshot):
-        """Write a checkpoint, and before it what the run's files lack to match it; OSError leaves the old ones."""
-        if self.world.rank:
-            return
-        self.save_best()
-        name = f"{snapshot['counters']['env_frames']:012d}.ckpt"
-        config = {"config": self.config.model_dump(mode="json")}
-        save_checkpoint(self.folder / "checkpoints" / name, config | self._learned() | snapshot)
-        for old in sorted((self.folder / "checkpoints").glob("*.ckpt"))[: -self.config.tracking.keep]:
-            old.unlink(missing_ok=True)
-
-    def save_best(self):
-        if self.unsaved_best:
-            write_atomically(self.folder / "checkpoints" / POLICY_FILE, self.unsaved_best)
-            self.unsaved_best = None
-
-    def mark_scored(self):
-        """Note in the last checkpoint that this run has nothing left to do."""
-        self.counters["scored"] = self.config.evaluation.episodes
-        file = self.folder / "checkpoints" / f"{self.counters['env_frames']:012d}.ckpt"
-        with suppress(OSError, CheckpointError):  # then a resumed run only scores again
-            state = read_checkpoint(file)
-            save_checkpoint(file, state | {"counters": dict(self.counters)})
-
     def _restore(self, state):
-        load_weights(self.policy, state["policy"], self.folder)
+        load_weights(self.policy, state["policy"], state["source"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.counters |= state["counters"]
-        latest = self.counters["env_frames"] + self.config.evaluation.interval  # it may be another one than before
-        self.counters["next_evaluation"] = min(self.counters["next_evaluation"], latest)
-        self.run_id = state["run_id"]
-        self.recent.extend(map(tuple, state["recent"]))
-        self._rewind([state, *state.get("peers", [])][self.world.rank])
+        self.counters |= {key: state["counters"][key] for key in self.counters}
+        self.recent.extend(state["recent"])
+        self._rewind([state, *state.get("peers", [])][self.processes.rank])
 
     def _rewind(self, snapshot):
         """Put landers and random numbers where they were at `snapshot`."""
-        self.landers = [[episodes, list(actions)] for episodes, actions in snapshot["landers"]]
-        size = len(self.landers) // self.envs.num_envs
-        groups = [self.landers[i : i + size] for i in range(0, len(self.landers), size)]
-        self.frames = self._frames(self.envs.rewind(groups))
+        self.frames = torch.from_numpy(self.envs.rewind(snapshot["landers"]))
         self.generator.set_state(snapshot["generator"])
         torch.set_rng_state(snapshot["torch_rng"])
         if snapshot["cuda_rng"] and self.device.type == "cuda":
@@ -459,270 +400,37 @@ class Trainer:
         self.envs = self._make_envs()
         self._rewind(snapshot)
 
-    def update_once(self):
-        """Collect, learn, and return this update's metrics."""
-        ppo, counters, start = self.config.ppo, self.counters, time.perf_counter()
-        learning_rate, entropy_coef = schedule(ppo, counters["env_frames"], counters["late"])
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group["lr_scale"]
-        torch.set_num_threads(1)  # while the workers have the cores
-        self.frames, stats = collect(self.envs, self.policy, self.rollout, self.frames, ppo.reward_scale, self.autocast)
-        torch.set_num_threads(self.num_threads)
-        self._follow(self.rollout.actions, self.rollout.terminated | self.rollout.truncated)
-        collected = time.perf_counter()
-        advantages, returns = compute_advantages(self.rollout, ppo.gamma, ppo.gae_lambda)
-        self.between_updates = False
-        learned = update(
-            self.learner, self.optimizer, self.rollout, advantages, returns, ppo, entropy_coef, self.autocast,
-            self.generator, self.world)
-        end = time.perf_counter()
-
-        everyones = self.world.gather(stats)
-        env_frames = sum(stats["env_frames"] for stats in everyones)
-        self.recent.extend(episode for stats in everyones for episode in stats["episodes"])
-        counters["env_frames"] += env_frames
-        counters["updates"] += 1
-        counters["scored"] = None
-        counters["seconds"] += end - start
-        returns, lengths, outcomes = zip(*self.recent, strict=True) if self.recent else ([float("nan")],) * 3
-        return_mean = float(np.mean(returns))
-        if ppo.late_return is not None and len(self.recent) == self.recent.maxlen and return_mean >= ppo.late_return:
-            counters["late"] = True
-        return {
-            "rollout/return_mean": return_mean,
-            "rollout/length_mean": float(np.mean(lengths)),
-            "rollout/landed_rate": float(np.mean(np.equal(outcomes, OUTCOMES.index("rest")))),
-            **{f"update/{key}": value for key, value in learned.items()},
-            "schedule/learning_rate": learning_rate,
-            "schedule/entropy_coef": entropy_coef,
-            "speed/frames_per_second": env_frames / (end - start),
-            "speed/collect_seconds": collected - start,
-            "speed/update_seconds": end - collected,
-            "eval/return_mean": float("nan"),
-            "eval/landed_rate": float("nan"),
-        }
-
-    def select(self, metrics):
-        """Every so often, play episodes of their own seeds greedily and keep the policy that scored best so far."""
-        settings, counters, start = self.config.evaluation, self.counters, time.perf_counter()
-        if self.world.rank:
-            return  # and wait for the first process at the next boundary
-        if counters["env_frames"] < min(counters["next_evaluation"], self.config.ppo.total_frames):
-            return
-        if counters["env_frames"] >= counters["next_evaluation"]:  # at the end it may not be
-            counters["next_evaluation"] += settings.interval
-        seeds = range(SELECTION_SEED, SELECTION_SEED + settings.selection_episodes)
-        returns, _, outcomes = play(self.policy, self.config.env, seeds)
-        metrics["eval/return_mean"] = float(returns.mean())
-        metrics["eval/landed_rate"] = float((outcomes == OUTCOMES.index("rest")).mean())
-        if counters["best"] is None or returns.mean() > counters["best"]:
-            self.unsaved_best = policy_bytes(self.policy, self.config, counters["env_frames"])
-            counters["best"] = float(returns.mean())
-        counters["seconds"] += time.perf_counter() - start
-        self.save_best()
-
-    def film_milestones(self, metrics):
-        """The videos of what was reached just now: the greedy policy of this moment on one selection seed.
-
-        It draws no random number that training draws. What is reached is a counter, so a resumed run films none twice.
-        """
-        counters, start = self.counters, time.perf_counter()
-        reached = [name for name, (key, least) in MILESTONES.items() if metrics[key] >= least]
-        new = [name for name in reached if name not in counters["milestones"]]
-        counters["milestones"] = [*counters["milestones"], *new]  # a new list: the old one may be part of a snapshot
-        if not new or not self.config.evaluation.videos:
-            return []
-        name = f"{counters['env_frames'] / 1e6:.2f}M-{new[-1]}"
-        with VideoRecorder(self.folder / "videos", 1, SELECTION_SEED, name) as recorder:
-            play(self.policy, self.config.env, [SELECTION_SEED], lander_class=RenderedLander, recorder=recorder)
-        counters["seconds"] += time.perf_counter() - start
-        return [] if recorder.failure else recorder.paths
-
     def close(self):
         self.envs.close()
 
 
-MAX_FAILURES = 3  # of workers, in one rollout
-
-
-def train(trainer, tracker, watch):
-    """Update until total_frames are done, saving as it goes; raises Interrupted after SIGINT or SIGTERM, saved too.
-
-    Of many processes the first alone has a tracker, and writes.
-    """
-    config, counters = trainer.config, trainer.counters
-    silent = tracker is None or not config.tracking.progress
-    progress = Progress(config.ppo.total_frames, counters["env_frames"], silent=silent)
-    diagnostics = Diagnostics(config)
-    boundary, saved, failures, watch.patient = trainer.snapshot(), counters["env_frames"], 0, True
-    try:
-        trainer.save(boundary)  # a disk that takes none is found out now, not in an hour
-    except OSError as error:
-        raise TrainingError(f"{trainer.folder}/checkpoints: {error.strerror}; nothing is trained before that") from None
-    try:
-        while counters["env_frames"] < config.ppo.total_frames:
-            try:
-                if failures:
-                    trainer.restart_workers(boundary)
-                metrics = trainer.update_once()
-            except WorkerError as error:
-                time.sleep(0.2)  # a signal to the whole group may reach the workers before it reaches us
-                watch.check()
-                failures += 1
-                if failures > MAX_FAILURES:
-                    raise TrainingError(f"{error}, after {MAX_FAILURES} restarts") from error
-                progress.say(f"{error}; going on with new workers, which repeat this rollout")
-                continue
-            except FloatingPointError as error:
-                raise TrainingError(
-                    f"update {counters['updates'] + 1}: {error} and before a checkpoint took it, those in "
-                    f"{trainer.folder}/checkpoints are good. Resuming would come to the same; a new run with a smaller "
-                    "ppo.learning_rate or ppo.max_grad_norm usually helps") from None
-            try:
-                trainer.select(metrics)
-            except OSError as error:
-                progress.say(f"best policy not saved ({error.strerror}); training goes on and will try again")
-            if tracker:
-                record(trainer, tracker, metrics, progress.say)
-                for sentence in diagnostics.watch(metrics):
-                    progress.say(sentence)
-            progress.show(counters["env_frames"], metrics, counters["seconds"])
-            boundary, trainer.between_updates, failures = trainer.snapshot(), True, 0
-            watch.check_all()
-            if counters["env_frames"] - saved >= config.tracking.checkpoint_interval:
-                try:
-                    if tracker:
-                        tracker.metrics.flush()
-                    trainer.save(boundary)
-                    saved = counters["env_frames"]
-                except OSError as error:
-                    progress.say(f"checkpoint not saved ({error.strerror}); training goes on and will try again")
-    finally:
-        progress.close()
-        # Collecting changes no weights, so the last boundary is whole even if an update was cut off in its rollout.
-        whole = trainer.between_updates or "policy" in boundary
-        if whole and boundary["counters"]["env_frames"] != saved:
-            try:
-                trainer.save(boundary)
-            except OSError as error:
-                raise TrainingError(
-                    f"the last checkpoint could not be saved ({error.strerror}); those in {trainer.folder}/checkpoints "
-                    "are older") from None
-    watch.patient = False
-    watch.check()  # for what came after the last boundary
-
-
-def record(trainer, tracker, metrics, say):
-    """Hand an update's numbers, and now and then videos and curves, to whoever watches."""
-    try:
-        for video in trainer.film_milestones(metrics):
-            tracker.artifact(video, "videos")
-    except OSError as error:
-        say(f"milestone not filmed ({error.strerror}); training goes on")
-    tracker.log(metrics | {"speed/total_seconds": trainer.counters["seconds"]}, trainer.counters["env_frames"])
-    if not np.isnan(metrics["eval/return_mean"]):
-        draw_curves(trainer.folder, tracker, say)
-
-
-def draw_curves(folder, tracker, say):
-    try:
-        draw_run(folder, folder / "curves.png")
-        tracker.artifact(folder / "curves.png")
-    except (PlotError, OSError) as error:
-        say(f"no curves: {error}; training goes on")
-
-
-def finish(trainer, tracker):
-    """Score the best policy on unseen episodes, greedy and sampled, record videos, and hand all to MLflow."""
-    config, folder = trainer.config, trainer.folder
-    if trainer.counters["best"] is None:  # total_frames was lowered to less than what was trained without a score
-        trainer.select({})
-    draw_curves(folder, tracker, print)
-    for name in ("config.yaml", "metrics.csv"):
-        tracker.artifact(folder / name)
-    tracker.artifact(folder / "checkpoints" / POLICY_FILE, "checkpoints")
-    settings = config.evaluation
-    if not settings.episodes:
-        return
-    policy = load_policy(folder)[0].to(trainer.device)
-    for sample, name, videos in ((False, "report.json", settings.videos), (True, "report_sampled.json", 0)):
-        report = evaluate(
-            policy, config, folder, folder, settings.episodes, videos=videos, sample=sample, report_name=name,
-            video_name="best-seed-{seed}")
-        print_report(report)
-        tracker.artifact(folder / name)
-    tracker.artifact(folder / "videos", "videos")
-
-
-def rest(folder, how):
-    """What can be done after an early end."""
-    if folder and any(folder.glob("checkpoints/*.ckpt")):
-        return f"saved; go on with: {how} {folder}"
-    return "stopped before there was anything to save"
+def train(trainer, run):
+    """Iterate until total_frames are done. `run` saves, scores, records, and repeats what a failed worker spoilt."""
+    with run.guarding():
+        while trainer.counters["env_frames"] < trainer.config.ppo.total_frames:
+            metrics = run.attempt(trainer)
+            run.select(metrics)
+            run.record(metrics)
+            run.save_when_due()
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="a file of configs/; python config.py prints every key")
+    parser.add_argument("--config", help="a file of configs/; python -m machinery.config prints every key")
     parser.add_argument("--resume", metavar="RUN", help="latest, runs/NAME or a checkpoint file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(argv)
     if (args.config is None) == (args.resume is None):
         parser.error("give either --config FILE or --resume RUN")
-    world = World.launched()
-    trainer, folder, watch, lock = None, None, SignalWatch(world), ExitStack()
-    who = f"train.py, process {world.rank}" if world.rank else "train.py"
-    how = f"{launcher(world.size, world.size // world.local_size)} train.py --resume"
-    try:
-        world.join()
-        config, folder, state = world.share(start_run(args, lock, world.size) if world.rank == 0 else None)
-        if state and is_finished(config, state):
-            if world.rank == 0:
-                frames = state["counters"]["env_frames"]
-                print(f"{folder}: finished, {frames:,} frames; a larger ppo.total_frames goes on")
+    processes = Processes.launched()
+    script = f"train.py, process {processes.rank}" if processes.rank else "train.py"
+    with one_line(script, PolicyError, WorkerError), open_run(args, processes, play, evaluate, draw_run) as run:
+        if run.finished():
             return
-        trainer = Trainer(config, folder, state, world)
-        threads = f"{world.size} processes of {trainer.num_threads}" if world.size > 1 else trainer.num_threads
-        watch.patient = True  # a run that MLflow has begun is to be ended there
-        with Tracker(config, folder, threads, trainer.run_id) if world.rank == 0 else nullcontext() as tracker:
-            watch.check_all()
-            if tracker:
-                trainer.run_id = tracker.run_id
-                total = config.ppo.total_frames
-                print(f"{folder}: {config.model.name}, {trainer.device.type}, {total:,} frames", flush=True)
-            train(trainer, tracker, watch)
+        with closing(Trainer(run.config, run.state, processes)) as trainer, run.recording(trainer):
+            train(trainer, run)
             trainer.close()
-            world.leave()
-            try:
-                if tracker:
-                    finish(trainer, tracker)
-            except OSError as error:
-                raise TrainingError(f"{error.filename or folder}: {error.strerror}; training is done and saved, and "
-                                    f"{how} {folder} scores it") from None
-            watch.patient = True
-        if world.rank == 0:
-            trainer.mark_scored()
-    except (CalibrationError, CheckpointError, ConfigError, TrackingError, TrainingError, WeightsError,
-            WorkerError) as error:
-        sys.exit(f"{who}: {error}")
-    except OSError as error:
-        sys.exit(f"{who}: {error.filename}: {error.strerror}" if error.filename else f"{who}: {error}")
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if world.lost(error):
-            sys.exit(1 if world.rank else f"{who}: another process of this training ended: {rest(folder, how)}")
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
-            raise  # what torch raises on a CPU says that it cannot allocate memory
-        sys.exit(
-            f"{who}: {(str(error) or 'Out of memory.').splitlines()[0]} A larger ppo.num_minibatches, or smaller "
-            "env.num_envs, ppo.num_steps or model, needs less.")
-    except Interrupted as interruption:
-        if world.rank == 0:
-            print(f"{interruption}: {rest(folder, how)}", flush=True)
-        sys.exit(interruption.code)
-    finally:
-        if trainer:
-            trainer.close()
-        lock.close()
+            run.score()
 
 
 if __name__ == "__main__":

@@ -4,10 +4,9 @@
 
 Each part is measured by itself, for as many decisions as one update has: physics, and physics with drawing, in
 env.num_workers processes at once that talk to nobody; the same landers behind their workers, whose surplus is waking
-and transport, less what they save by beginning episodes while they wait; `collect` on landers that answer at once,
-which is inference; `update`. The floor beside it: gymnasium's own LunarLander.step, and nothing else, on every core;
-the network's multiply-adds at the fastest that this machine multiplies matrices of the same type. Random actions; a
-policy that crashes less often resets less often.
+and transport; `collect` on landers that answer at once, which is inference; `update`. The floor beside it: gymnasium's
+own LunarLander.step, and nothing else, on every core; the network's multiply-adds at the fastest that this machine
+multiplies matrices of the same type. Random actions; a policy that crashes less often resets less often.
 """
 
 import os
@@ -17,8 +16,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as train.py does, before 
 import argparse
 import multiprocessing
 import sys
-import tempfile
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import gymnasium as gym
 import numpy as np
 
-from envs import ENV_ID, NUM_ACTIONS, Lander, LanderGroup
+from envs import Lander, LanderGroup
+from task import ACTIONS, ENV_ID
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -60,7 +60,7 @@ def plays_blind(landers, settings, seconds, seed):
 
     def decide():
         for lander in fleet:
-            if any(lander.step(int(rng.integers(NUM_ACTIONS)))[2:]):
+            if any(lander.step(int(rng.integers(len(ACTIONS))))[2:]):
                 lander.reset(rng.integers(2**31))
 
     return landers * rate(decide, seconds)
@@ -70,7 +70,7 @@ def plays(landers, settings, seconds, seed):
     """Decisions per second of a group of landers in this process."""
     group, rng = LanderGroup(landers, 0, seed, **settings), np.random.default_rng(seed)
     group.reset()
-    return landers * rate(lambda: group.step(rng.integers(NUM_ACTIONS, size=landers)), seconds)
+    return landers * rate(lambda: group.step(rng.integers(len(ACTIONS), size=landers)), seconds)
 
 
 def steps(seconds, seed):
@@ -78,7 +78,7 @@ def steps(seconds, seed):
     env, rng, spent, count = gym.make(ENV_ID).unwrapped, np.random.default_rng(seed), 0.0, 0
     while spent < seconds:
         env.reset(seed=int(rng.integers(2**31)))
-        actions, ended, start = rng.integers(NUM_ACTIONS, size=1000), False, time.perf_counter()
+        actions, ended, start = rng.integers(len(ACTIONS), size=1000), False, time.perf_counter()
         for action in actions:
             ended = env.step(action)[2]
             count += 1
@@ -95,15 +95,14 @@ def at_once(work, processes):
 
 
 class Canned:
-    """Landers that answer at once, with what real ones showed before."""
+    """Landers that answer at once, with the frames that real ones showed before."""
 
-    def __init__(self, trainer):
-        self.num_envs, shape = trainer.envs.num_envs, trainer.envs.action_space.shape
-        self.frames = np.array(trainer.envs.step(np.zeros(shape, int))[0])
-        self.nothing, self.never = np.zeros(shape, np.float32), np.zeros(shape, bool)
+    def __init__(self, envs):
+        self.frames = np.array(envs.step(np.zeros(envs.num_envs, int))[0])
+        self.rewards, self.never = np.zeros(envs.num_envs, np.float32), np.zeros(envs.num_envs, bool)
 
     def step(self, actions):
-        return self.frames, self.nothing, self.never, self.never, {"env_frames": np.zeros(self.never.shape, int)}
+        return self.frames, self.rewards, self.never, self.never, {"env_frames": np.zeros(len(actions), int)}
 
 
 def peak(torch, dtype, seconds, size=2048):
@@ -119,7 +118,7 @@ def main():
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from config import ConfigError, load_config
+    from machinery.config import ConfigError, load_config
     from train import Trainer, collect, compute_advantages, update
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -133,40 +132,37 @@ def main():
         sys.exit(f"breakdown.py: {error}")
     env, ppo, seconds = config.env, config.ppo, args.seconds
     decisions = env.num_envs * ppo.num_steps
-    settings = env.model_dump(include={"frame_skip", "frame_stack", "shrink_factor", "color"})
+    settings = env.frame_settings()
     group = env.num_envs // env.num_workers
 
     own = at_once(partial(steps, seconds), CORES)
     blind, drawn = (
         decisions / at_once(partial(play, group, settings, seconds), env.num_workers) for play in (plays_blind, plays))
 
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config, Path(folder))
-        try:
-            shape, rng = trainer.envs.action_space.shape, np.random.default_rng(0)
-            stepped = ppo.num_steps / rate(
-                lambda: trainer.envs.step(rng.integers(NUM_ACTIONS, size=shape)), seconds)
-            whole = 1 / rate(trainer.update_once, seconds)
-            frames, canned = trainer.frames, Canned(trainer)
-            torch.set_num_threads(1)  # as while collecting
-            inference = partial(
-                collect, canned, trainer.policy, trainer.rollout, frames, ppo.reward_scale, trainer.autocast)
-            inferred = 1 / rate(inference, seconds)
-            torch.set_num_threads(trainer.num_threads)
-            advantages, returns = compute_advantages(trainer.rollout, ppo.gamma, ppo.gae_lambda)
-            learn = partial(
-                update, trainer.policy, trainer.optimizer, trainer.rollout, advantages, returns, ppo, ppo.entropy_coef,
-                trainer.autocast, trainer.generator)
-            learned = 1 / rate(learn, seconds)
-            operations = []
-            for part in (inference, learn):
-                with FlopCounterMode(display=False) as counter:
-                    part()
-                operations.append(counter.get_total_flops() / 2)
-            dtype = torch.bfloat16 if trainer.autocast._enabled else torch.float32
-            fastest = peak(torch, dtype, seconds)
-        finally:
-            trainer.close()
+    with closing(Trainer(config)) as trainer:
+        rng = np.random.default_rng(0)
+        stepped = ppo.num_steps / rate(
+            lambda: trainer.envs.step(rng.integers(len(ACTIONS), size=env.num_envs)), seconds)
+        whole = 1 / rate(trainer.iterate, seconds)
+        frames, canned = trainer.frames, Canned(trainer.envs)
+        torch.set_num_threads(1)  # as while collecting
+        inference = partial(
+            collect, canned, trainer.policy, trainer.rollout, frames, ppo.reward_scale, trainer.autocast)
+        inferred = 1 / rate(inference, seconds)
+        torch.set_num_threads(trainer.num_threads)
+        compute_advantages(trainer.rollout, ppo.gamma, ppo.gae_lambda)
+        learn = partial(
+            update, trainer.policy, trainer.optimizer, trainer.rollout, ppo, ppo.entropy_coef, trainer.autocast,
+            trainer.generator)
+        learned = 1 / rate(learn, seconds)
+        operations = []
+        for part in (inference, learn):
+            with FlopCounterMode(display=False) as counter:
+                part()
+            operations.append(counter.get_total_flops() / 2)
+        with trainer.autocast:
+            dtype = (torch.ones(1, 1) @ torch.ones(1, 1)).dtype  # that of a matrix product in the network
+        fastest = peak(torch, dtype, seconds)
 
     floors = {"inference": operations[0] / fastest, "learning": operations[1] / fastest}
     floors["physics"] = decisions * env.frame_skip / own

@@ -25,7 +25,9 @@ import numpy as np
 from gymnasium import wrappers
 from gymnasium.vector import AsyncVectorEnv
 
-from envs import ENV_ID, NUM_ACTIONS, FrameStack, frame_planes, make_vector_env, shrink
+from camera import frame_planes, shrink
+from envs import FrameStack, make_vector_env
+from task import ACTIONS, ENV_ID
 
 try:
     import envpool
@@ -74,7 +76,7 @@ class EnvPoolLanders:
         render_mode = "rgb_array" if drawn else None
         self.envs = envpool.make_gymnasium("LunarLander-v3", num_envs=num_envs, render_mode=render_mode)
         self.drawn, self.frame_skip, self.factor, self.color = drawn, frame_skip, factor, color
-        self.action_space, self.ids = gym.spaces.MultiDiscrete([NUM_ACTIONS] * num_envs), np.arange(num_envs)
+        self.action_space, self.ids = gym.spaces.MultiDiscrete([len(ACTIONS)] * num_envs), np.arange(num_envs)
         shape = (frame_planes(color), 400 // factor, 600 // factor)
         self.stacks = [FrameStack(STACK, shape) for _ in range(num_envs)]
 
@@ -105,7 +107,7 @@ if envpool:
 def decisions_per_second(envs, shape, seconds, rng):
     decisions, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
-        envs.step(rng.integers(NUM_ACTIONS, size=shape))
+        envs.step(rng.integers(len(ACTIONS), size=shape))
         decisions += int(np.prod(shape))
     return decisions / (time.perf_counter() - start)
 

@@ -3,7 +3,7 @@
     python benchmarks/policies.py [configs/cnn.yaml ...] [--seconds 5]
 
 The policies see the same frames of random play, one lander's successive ones sharing frames as in training. "Chosen" is
-`look` and `forward` for 32 landers at once on one thread, as while collecting; "learned from" is one forward and
+`preprocess` and `forward` for 32 landers at once on one thread, as while collecting; "learned from" is one forward and
 backward pass over a minibatch of 256 decisions, in shuffled segments as in training, on all threads, of which an update
 makes ppo.update_epochs.
 """
@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from breakdown import rate
 
-from checkpoint import build_policy
-from config import ConfigError, load_config
-from envs import NUM_ACTIONS, make_vector_env
-from publish import multiply_adds
+from envs import make_vector_env
+from machinery.checkpoint import build_policy
+from machinery.config import ConfigError, load_config
+from machinery.publish import multiply_adds
+from task import ACTIONS
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DECISIONS, LANDERS, MINIBATCH = 64, 32, 256  # a segment's length must divide the first and the last
@@ -33,9 +34,9 @@ def random_play(config):
     envs, rng = make_vector_env(seed=0, **settings), np.random.default_rng(0)
     frames = [envs.reset()[0].copy()]
     while len(frames) < DECISIONS + config.env.frame_stack - 1:
-        frames.append(envs.step(rng.integers(NUM_ACTIONS, size=envs.action_space.shape))[0].copy())
+        frames.append(envs.step(rng.integers(len(ACTIONS), size=LANDERS))[0].copy())
     envs.close()
-    return torch.from_numpy(np.stack(frames)).flatten(1, 2)
+    return torch.from_numpy(np.stack(frames))
 
 
 def measure(config, seconds):
@@ -44,26 +45,26 @@ def measure(config, seconds):
     policy.calibrate(frames.flatten(0, 1)[:: len(frames)])
     newest = frames.chunk(stack, dim=2)[-1]  # (T, N, C, H, W)
     with torch.no_grad():
-        looked = [policy.look(row) for row in newest]
-    seen = {key: torch.cat([row[key] for row in looked]) for key in looked[0]}  # (T * N, ...)
+        rows = [policy.preprocess(row) for row in newest]
+    frame_store = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}  # (T * N, ...)
     length = config.ppo.segment_length
     rows = torch.arange(stack) + torch.arange(DECISIONS)[:, None]  # (D, S): successive stacks share rows
-    stacks = rows[:, None] * LANDERS + torch.arange(LANDERS)[:, None]  # (D, N, S)
-    segments = stacks.transpose(0, 1).reshape(-1, length, stack)  # each of one lander
+    frame_ids = rows[:, None] * LANDERS + torch.arange(LANDERS)[:, None]  # (D, N, S)
+    segments = frame_ids.transpose(0, 1).reshape(-1, length, stack)  # each of one lander
     minibatch = segments[torch.randperm(len(segments))[: MINIBATCH // length]].flatten(0, 1)
 
     def choose(step):
-        fresh = policy.look(newest[step + stack - 1])
+        fresh = policy.preprocess(newest[step + stack - 1])
         for key, tensor in fresh.items():
-            seen[key][(step + stack - 1) * LANDERS :][:LANDERS] = tensor
-        return policy(seen, stacks[step])
+            frame_store[key][(step + stack - 1) * LANDERS :][:LANDERS] = tensor
+        return policy(frame_store, frame_ids[step])
 
     def learn():
-        logits, value = policy(seen, minibatch)
+        output = policy(frame_store, minibatch)
         policy.zero_grad()
-        (logits.square().mean() + value.square().mean()).backward()
+        (output.distribution.logits.square().mean() + output.value.square().mean()).backward()
 
-    operations = multiply_adds(policy, *frames.shape[-2:], length)
+    operations = multiply_adds(policy, length)
     policy.train()
     learned = MINIBATCH * rate(learn, seconds)
     policy.eval()

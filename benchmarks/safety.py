@@ -1,27 +1,32 @@
-"""What safety costs: the share of training time that checkpoints, bookkeeping, metrics and watching the workers take.
+"""What safety costs: the share of training time that checkpoints, bookkeeping and metrics take.
 
     python benchmarks/safety.py --config configs/cnn.yaml [--updates 30] [section.key=value ...]
 
-Trains for so many updates, in a folder of its own, and clocks what train.py does besides learning, where it does it: in
+Trains for so many updates, in a folder of its own, and clocks what a run does besides learning, where it does it: in
 one run, so that whatever else the machine is busy with falls on both. Checkpoints are counted as often as
-tracking.checkpoint_interval asks for them, however short this run is. Prints a line of the table in the README.
+tracking.checkpoint_interval asks for them, however short this run is. Prints a line of the table in
+benchmarks/README.md.
 """
 
 import argparse
+import os
 import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import train
-from config import ConfigError, load_config
-from distributed import ALONE
-from tracking import Tracker
+from evaluate import evaluate, play
+from machinery.config import ConfigError, load_config
+from machinery.processes import ALONE
+from machinery.run import open_run
+from plot import draw_run
+from train import Trainer, train
 
-KINDS = ("checkpoints", "bookkeeping", "metrics", "MLflow", "watching workers")
+KINDS = ("checkpoints", "bookkeeping", "metrics", "MLflow")
 
 
 def clocked(seconds, name, function, clock=time.perf_counter):
@@ -35,28 +40,6 @@ def clocked(seconds, name, function, clock=time.perf_counter):
     return call
 
 
-class Watch(train.SignalWatch):
-    """What train() asks whether it is to stop."""
-
-    def __init__(self):
-        self.received, self.patient, self.world = None, False, ALONE
-
-
-def polls(vector_env, seconds):
-    """Clock what a step spends on its time limit: asking each pipe before it is read, once all answers are there."""
-    ask = vector_env._poll_pipe_envs
-
-    def answered(timeout):
-        for pipe in vector_env.parent_pipes:  # the workers' own time, which is no cost of watching
-            pipe.poll(timeout)
-        start = time.perf_counter()
-        done = ask(timeout)
-        seconds["watching workers"] += time.perf_counter() - start
-        return done
-
-    vector_env._poll_pipe_envs = answered
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=Path(__file__).parent.parent / "configs" / "cnn.yaml")
@@ -68,33 +51,27 @@ def main():
     except ConfigError as error:
         sys.exit(f"safety.py: {error}")
     per_update = config.env.num_envs * config.ppo.num_steps * config.env.frame_skip  # frames, at most
-    seconds = Counter()
+    seconds, saving, scoring = Counter(), Counter(), Counter()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        config = load_config(args.config, [
-            *args.overrides, f"ppo.total_frames={args.updates * per_update}", f"tracking.uri=sqlite:///{name}/mlflow.db"])
-        (folder / "checkpoints").mkdir()
-        trainer = train.Trainer(config, folder)
-        try:
-            with Tracker(config, folder, trainer.num_threads) as tracker:
-                polls(trainer.envs, seconds)
-                trainer._follow = clocked(seconds, "bookkeeping", trainer._follow)
-                trainer.snapshot = clocked(seconds, "bookkeeping", trainer.snapshot)
-                trainer.select = lambda metrics: None  # scoring candidates is no part of safety
-                tracker.log = clocked(seconds, "metrics", tracker.log)
-                if tracker.sender:  # another thread, which takes nothing but processor time
-                    tracker.sender.send = clocked(seconds, "MLflow", tracker.sender.send, time.thread_time)
-                saving = Counter()
-                trainer.save = clocked(saving, "checkpoints", trainer.save)
-                start = time.perf_counter()
-                train.train(trainer, tracker, Watch())
-                total = time.perf_counter() - start - saving["checkpoints"]
-                saving.clear()
-                for _ in range(5):
-                    trainer.save(trainer.snapshot())
-        finally:
-            trainer.close()
+        args.config, args.resume = str(Path(args.config).resolve()), None
+        args.overrides += [f"ppo.total_frames={args.updates * per_update}", f"tracking.uri=sqlite:///{name}/mlflow.db"]
+        os.chdir(name)
+        with (open_run(args, ALONE, play, evaluate, draw_run) as run, closing(Trainer(run.config)) as trainer,
+              run.recording(trainer)):
+            run.snapshot = clocked(seconds, "bookkeeping", run.snapshot)
+            run.save = clocked(saving, "checkpoints", run.save)
+            run.select = clocked(scoring, "candidates", run.select)  # no part of safety
+            run.tracker.log = clocked(seconds, "metrics", run.tracker.log)
+            if run.tracker.sender:  # another thread, which takes nothing but processor time
+                run.tracker.sender.send = clocked(seconds, "MLflow", run.tracker.sender.send, time.thread_time)
+            start = time.perf_counter()
+            train(trainer, run)
+            total = time.perf_counter() - start - saving["checkpoints"] - scoring["candidates"]
+            saving.clear()
+            for _ in range(5):
+                run.save()
         frames = trainer.counters["env_frames"]
+        os.chdir("/")
     # What train() saved was as many checkpoints as so short a run has; what counts is one per checkpoint_interval.
     seconds["checkpoints"] = saving["checkpoints"] / 5 * frames / config.tracking.checkpoint_interval
     everything = total + seconds["checkpoints"]

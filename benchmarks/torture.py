@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import psutil
 import torch
 
-from checkpoint import CheckpointError, load_checkpoint, read_checkpoint
+from machinery.checkpoint import CheckpointError, load_checkpoint, read_checkpoint
 from tests.runs import CONFIG, TINY, only_run, rows, run, start, wait_for_rows, without_speed, workers_of
 
 OUT_OF_ROOM = 1  # exit status of a life that began or ended while the disk was full
@@ -105,13 +105,15 @@ def main():
                 differences.append(str(error))
         differences += [f"left behind: {path}" for path in tortured.rglob(".*.tmp")]
         expected, found = load_checkpoint(whole), load_checkpoint(tortured)
-        for key, tensor in expected["policy"].items():
-            differences += [f"weights {key}"] * (not torch.equal(tensor, found["policy"][key]))
-        differences += ["landers"] * (expected["landers"] != found["landers"])
-        differences += ["metrics.csv"] * (without_speed(rows(whole)) != without_speed(rows(tortured)))
+        different = [key for key, tensor in expected["policy"].items() if not torch.equal(tensor, found["policy"][key])]
+        differences += [f"weights {key}" for key in different]
         differences += [f"process {orphan.pid} left" for orphan in orphans]
         status = only_run(folder)[1].info.status
-        differences += [f"MLflow run is {status}"] * (status != "FINISHED")
+        checks = {
+            "landers": expected["landers"] == found["landers"],
+            "metrics.csv": without_speed(rows(whole)) == without_speed(rows(tortured)),
+            f"MLflow run is {status}": status == "FINISHED"}
+        differences += [what for what, right in checks.items() if not right]
         print(f"{args.how}: {args.kills - unused} kills, {resumes} resumes, {len(differences)} differences")
         sys.exit("\n".join(differences) or 0)
 

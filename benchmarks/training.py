@@ -17,7 +17,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from functools import partial
@@ -34,8 +33,9 @@ from pydantic import Field
 from torch import nn
 from torch.distributions import Categorical
 
-from config import load_config
-from models import POLICIES, Policy, channels_last, orthogonal, take
+from machinery.config import load_config
+from models import POLICIES, Policy, PolicyOutput, channels_last, orthogonal, take
+from models import Categorical as Distribution
 from train import Trainer
 
 LANDERS, STEPS, FRAME_SKIP, FACTOR, EPOCHS, MINIBATCH, UNITS = 16, 128, 4, 8, 4, 512, 256
@@ -122,16 +122,16 @@ class NatureCNN(Policy):
     class Options(Policy.Options):
         name: Literal["nature"] = Field("nature")
 
-    def __init__(self, options, stack, planes, height, width, num_actions=4):
-        super().__init__(options, stack, planes, height, width, num_actions)
+    def __init__(self, options, spaces):
+        super().__init__(options, spaces)
         self.network = nature_cnn()
         self.actor, self.critic = orthogonal(nn.Linear(UNITS, 4), 0.01), orthogonal(nn.Linear(UNITS, 1), 1.0)
 
-    def forward(self, seen, stacks):
-        pictures = take(seen["pictures"], stacks.flatten()).view(len(stacks), -1, *self.picture_size)
+    def forward(self, frame_store, frame_ids, minibatch=None):
+        pictures = take(frame_store["pictures"], frame_ids.flatten()).view(len(frame_ids), -1, *self.picture_size)
         pictures = channels_last(pictures).div_(255)  # (B, 4, h, w)
         hidden = self.network(pictures).float()
-        return self.actor(hidden), self.critic(hidden)[:, 0]
+        return PolicyOutput(Distribution(self.actor(hidden)), self.critic(hidden)[:, 0])
 
 
 POLICIES["nature"] = NatureCNN
@@ -142,11 +142,10 @@ def ours():
         "model.name=nature", "model.glimpse=0", "model.mirror=false", "env.color=false", f"env.shrink_factor={FACTOR}",
         f"env.frame_skip={FRAME_SKIP}", f"env.num_envs={LANDERS}", f"ppo.num_steps={STEPS}",
         f"ppo.update_epochs={EPOCHS}", f"ppo.num_minibatches={BATCH // MINIBATCH}", "run.device=cpu"])
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config, Path(folder))
-        while True:
-            trainer.update_once()
-            yield
+    trainer = Trainer(config)
+    while True:
+        trainer.iterate()
+        yield
 
 
 WAYS = {

@@ -13,7 +13,6 @@ import json
 import sys
 import time
 from collections import deque
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -21,16 +20,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from torch import nn
 
-from checkpoint import save_config
-from config import ConfigError, load_config
-from envs import ENV_ID, EVALUATION_SEED, OUTCOMES, TRAINING_SEEDS
+from envs import EPISODE_METRICS
 from evaluate import print_report, summarize
-from models import orthogonal
-from tracking import Metrics, machine_tags
-from train import Rollout, collect, compute_advantages, schedule, update
+from machinery.checkpoint import save_config
+from machinery.config import ConfigError, load_config
+from machinery.tracking import Metrics, machine_tags
+from models import Categorical, PolicyOutput, orthogonal
+from task import ENV_ID, EVALUATION_SEED, OUTCOMES, TRAINING_SEEDS
+from train import Rollout, collect, compute_advantages, episode_means, schedule, update
 
 
 class StateLander:
@@ -59,48 +58,41 @@ class StateLander:
         return OUTCOMES.index("rest" if not self.env.unwrapped.lander.awake else "crash")
 
 
-class StateLanders(gym.Env):
-    """Several of them as one environment of AsyncVectorEnv, much as envs.LanderGroup: states (M, 8)."""
+class StateLanders:
+    """Several of them, as envs.LanderVectorEnv without its workers: states float32 (N, 8)."""
 
-    def __init__(self, landers, first_index, seed, frame_skip):
-        self.landers = [StateLander(frame_skip) for _ in range(landers)]
-        self.generators = [np.random.default_rng([seed, first_index + i]) for i in range(landers)]
-        self.states = np.zeros((landers, 8), np.float32)
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, self.states.shape, np.float32)
-        self.action_space = gym.spaces.MultiDiscrete([4] * landers)
+    def __init__(self, num_envs, seed, frame_skip):
+        self.landers = [StateLander(frame_skip) for _ in range(num_envs)]
+        self.generators = [np.random.default_rng([seed, i]) for i in range(num_envs)]
+        self.states = np.zeros((num_envs, 8), np.float32)
 
     def _begin(self, i):
         self.states[i] = self.landers[i].reset(self.generators[i].integers(TRAINING_SEEDS))
 
-    def reset(self, *, seed=None, options=None):
+    def reset(self):
         for i in range(len(self.landers)):
             self._begin(i)
         return self.states, {}
 
     def step(self, actions):
-        m = len(self.landers)
-        rewards, terminated, truncated = np.zeros(m, np.float32), np.zeros(m, bool), np.zeros(m, bool)
-        frames = np.zeros(m, np.int64)
-        ended = {key: np.zeros(m) for key in ("episode_return", "episode_length", "episode_outcome")}
-        final = np.zeros_like(self.states)
+        n = len(self.landers)
+        rewards, terminated, truncated = np.zeros(n, np.float32), np.zeros(n, bool), np.zeros(n, bool)
+        info = {"env_frames": np.zeros(n, np.int64), "final_frames": np.zeros_like(self.states),
+                "episode": {key: np.zeros(n) for key in EPISODE_METRICS}}
         for i, lander in enumerate(self.landers):
             before = lander.episode_length
             self.states[i], rewards[i], terminated[i], truncated[i] = lander.step(int(actions[i]))
-            frames[i] = lander.episode_length - before
+            info["env_frames"][i] = lander.episode_length - before
             if terminated[i] or truncated[i]:
-                final[i] = self.states[i]
-                for key in ended:
-                    value = getattr(lander, key, None)
-                    ended[key][i] = lander.outcome() if value is None else value
+                info["final_frames"][i] = self.states[i]
+                for key, measure in EPISODE_METRICS.items():
+                    info["episode"][key][i] = measure(lander)
                 self._begin(i)
-        info = ended if (terminated | truncated).any() else {}
-        return self.states, rewards, terminated, truncated, info | {"env_frames": frames, "final_frames": final}
+        return self.states, rewards, terminated, truncated, info
 
 
 class StatePolicy(nn.Module):
     """Two layers of 64 units for the actor, two for the critic; the interface of models.Policy."""
-
-    stack = 1
 
     def __init__(self):
         super().__init__()
@@ -112,15 +104,15 @@ class StatePolicy(nn.Module):
 
         self.actor, self.critic = layers(4, 0.01), layers(1, 1.0)
 
-    def look(self, states):
+    def preprocess(self, states):
         return {"states": states}
 
-    def see(self, states):
-        return self.look(states), torch.arange(len(states))[:, None]
+    def preprocess_stacks(self, states):
+        return self.preprocess(states), torch.arange(len(states))[:, None]
 
-    def forward(self, seen, stacks):
-        states = seen["states"][stacks[:, -1]]  # (B, 8)
-        return self.actor(states), self.critic(states)[:, 0]
+    def forward(self, frame_store, frame_ids, minibatch=None):
+        states = frame_store["states"][frame_ids[:, -1]]  # (B, 8)
+        return PolicyOutput(Categorical(self.actor(states)), self.critic(states)[:, 0])
 
 
 def train(config, folder):
@@ -129,30 +121,28 @@ def train(config, folder):
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # networks this small gain nothing from a second
     generator, fp32 = torch.Generator().manual_seed(seed), contextlib.nullcontext()
-    policy, landers = StatePolicy(), env.num_envs // env.num_workers
+    policy = StatePolicy()
     optimizer = torch.optim.Adam(policy.parameters(), lr=ppo.learning_rate, eps=ppo.adam_eps)
-    groups = [partial(StateLanders, landers, w * landers, seed, env.frame_skip) for w in range(env.num_workers)]
-    envs = AsyncVectorEnv(groups, copy=False, context="forkserver", autoreset_mode=AutoresetMode.DISABLED)
-    states = torch.from_numpy(envs.reset()[0]).flatten(0, 1).clone()  # (N, 8)
-    rollout = Rollout.empty(ppo.num_steps, env.num_envs, 1, policy.look(states))
+    envs = StateLanders(env.num_envs, seed, env.frame_skip)
+    states = torch.from_numpy(envs.reset()[0]).clone()  # (N, 8)
+    rollout = Rollout.empty(ppo.num_steps, 1, policy.preprocess(states), torch.zeros(env.num_envs, dtype=torch.int64))
     metrics, recent, frames, late, start = Metrics(folder / "metrics.csv"), deque(maxlen=100), 0, False, time.time()
     while frames < ppo.total_frames:
         learning_rate, entropy_coef = schedule(ppo, frames, late)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         states, stats = collect(envs, policy, rollout, states, ppo.reward_scale, fp32)
-        advantages, returns = compute_advantages(rollout, ppo.gamma, ppo.gae_lambda)
-        learned = update(policy, optimizer, rollout, advantages, returns, ppo, entropy_coef, fp32, generator)
+        compute_advantages(rollout, ppo.gamma, ppo.gae_lambda)
+        learned = update(policy, optimizer, rollout, ppo, entropy_coef, fp32, generator)
         frames += stats["env_frames"]
         recent.extend(stats["episodes"])
-        return_mean = float(np.mean([episode[0] for episode in recent])) if recent else float("nan")
-        late |= ppo.late_return is not None and len(recent) == recent.maxlen and return_mean >= ppo.late_return
-        landed = [episode[2] == OUTCOMES.index("rest") for episode in recent]
+        episodes = episode_means(recent)
+        late |= (ppo.late_return is not None and len(recent) == recent.maxlen
+                 and episodes["return_mean"] >= ppo.late_return)
         metrics.append(
-            {"frames": frames, "rollout/return_mean": return_mean, "rollout/landed_rate": float(np.mean(landed or [0])),
-             "speed/total_seconds": time.time() - start, "eval/return_mean": float("nan")}
+            {"frames": frames, "speed/total_seconds": time.time() - start, "eval/return_mean": float("nan")}
+            | {f"rollout/{key}": value for key, value in episodes.items()}
             | {f"update/{key}": value for key, value in learned.items()})
-    envs.close()
     return policy
 
 
@@ -163,8 +153,8 @@ def score(policy, frame_skip, episodes=100):
     for seed in range(EVALUATION_SEED, EVALUATION_SEED + episodes):
         state, ended = lander.reset(seed), False
         while not ended:
-            logits, _ = policy(*policy.see(torch.from_numpy(state)[None]))
-            state, _, terminated, truncated = lander.step(int(logits.argmax()))
+            output = policy(*policy.preprocess_stacks(torch.from_numpy(state)[None]))
+            state, _, terminated, truncated = lander.step(int(output.distribution.mode()))
             ended = terminated or truncated
         results.append((lander.episode_return, lander.episode_length, lander.outcome()))
     return summarize(*map(np.array, zip(*results, strict=True)))

@@ -22,8 +22,8 @@ def _one_thread():
 @pytest.fixture(scope="module")
 def policy_file(tmp_path_factory):
     """A run's folder with nothing but a policy in it, which acts at random, but not alike."""
-    from checkpoint import build_policy, policy_bytes  # found only now that ROOT is in the path
-    from config import Config
+    from machinery.checkpoint import build_policy, policy_bytes
+    from machinery.config import Config
 
     torch.manual_seed(3)
     config, folder = Config(), tmp_path_factory.mktemp("run") / "checkpoints"

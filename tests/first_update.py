@@ -13,10 +13,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 
-from checkpoint import build_policy
-from config import load_config
-from distributed import World
 from envs import make_vector_env
+from machinery.checkpoint import build_policy
+from machinery.config import load_config
+from machinery.processes import Processes
 from train import Rollout, collect, compute_advantages, update
 
 PROCESSES, LANDERS, MINIBATCHES = 2, 4, 4
@@ -32,32 +32,30 @@ def rollouts():
     torch.manual_seed(0)
     policy, found = build_policy(CONFIG), []
     for rank in range(PROCESSES):
-        envs = make_vector_env(seed=1, first_lander=rank * LANDERS, **CONFIG.env.model_dump())
-        frames = torch.from_numpy(np.array(envs.reset()[0])).flatten(0, 1)
+        envs = make_vector_env(seed=1, first_env=rank * LANDERS, **CONFIG.env.model_dump())
+        frames = torch.from_numpy(envs.reset()[0])
         if rank == 0:
-            moved = torch.from_numpy(envs.step(np.zeros((1, LANDERS), int))[0]).flatten(0, 1)
-            policy.calibrate(moved)
-            frames = moved.clone()
-        looked = policy.look(frames.chunk(CONFIG.env.frame_stack, dim=1)[-1])
-        rollout = Rollout.empty(CONFIG.ppo.num_steps, LANDERS, CONFIG.env.frame_stack, looked)
+            frames = torch.from_numpy(envs.step(np.zeros(LANDERS, int))[0])
+            policy.calibrate(frames)
+        frame_store = policy.preprocess(frames.chunk(CONFIG.env.frame_stack, dim=1)[-1])
+        rollout = Rollout.empty(
+            CONFIG.ppo.num_steps, CONFIG.env.frame_stack, frame_store, torch.zeros(LANDERS, dtype=torch.int64))
         collect(envs, policy, rollout, frames, 0.01, FP32)
         envs.close()
         rollout.rewards += 0.03 * rank  # so that advantages normalised by each process alone would differ
         found.append(rollout)
-    return policy, frames, found
+    return policy, found
 
 
 def joined(rollouts):
     """The rollouts of several processes as one of all their landers, side by side."""
-    def side_by_side(name):
-        tensors = [getattr(rollout, name) for rollout in rollouts]
-        return torch.cat(tensors, dim=0 if tensors[0].dim() == 1 else 1)
-
-    names = ("actions", "log_probs", "values", "rewards", "terminated", "truncated", "final_values", "next_value")
-    total, each = len(rollouts) * LANDERS, LANDERS
-    stacks = [rollout.stacks // each * total + rollout.stacks % each + i * each for i, rollout in enumerate(rollouts)]
-    seen = {key: torch.cat([rollout.seen[key] for rollout in rollouts], dim=1) for key in rollouts[0].seen}
-    return Rollout(seen=seen, stacks=torch.cat(stacks, dim=1), **{name: side_by_side(name) for name in names})
+    fields = {name: torch.cat([getattr(rollout, name) for rollout in rollouts], dim=1)
+              for name in vars(rollouts[0]) if name != "frame_store"}
+    first = rollouts[0]
+    rows = len(next(iter(first.frame_store.values())))  # of each store; the stores are laid one behind the other
+    store = {key: torch.cat([rollout.frame_store[key] for rollout in rollouts]) for key in first.frame_store}
+    fields["frame_ids"] = torch.cat([rollout.frame_ids + i * rows for i, rollout in enumerate(rollouts)], dim=1)
+    return Rollout(frame_store=store, **fields)
 
 
 def same_minibatches(count, generator):
@@ -70,21 +68,21 @@ def same_minibatches(count, generator):
 
 def main():
     torch.set_num_threads(1)
-    world = World.launched()
-    world.join()
-    policy, frames, found = rollouts()
+    processes = Processes.launched()
+    processes.join()
+    policy, found = rollouts()
     generator = torch.Generator().manual_seed(5)
-    if world.size == 1:
+    if processes.size == 1:
         rollout, torch.randperm = joined(found), same_minibatches
     else:
-        rollout = found[world.rank]
+        rollout = found[processes.rank]
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3, eps=1e-5)
-    advantages, returns = compute_advantages(rollout, 0.99, 0.95)
-    learner = world.parallel(policy, frames)
-    metrics = update(
-        learner, optimizer, rollout, advantages, returns, CONFIG.ppo, 0.01, FP32, generator, world)
-    torch.save({"policy": policy.state_dict(), "metrics": metrics}, f"{sys.argv[1]}-{world.size}-{world.rank}")
-    world.leave()
+    compute_advantages(rollout, 0.99, 0.95)
+    learner = processes.parallel(policy, rollout[torch.zeros(1, dtype=torch.int64)])
+    metrics = update(learner, optimizer, rollout, CONFIG.ppo, 0.01, FP32, generator, processes)
+    torch.save(
+        {"policy": policy.state_dict(), "metrics": metrics}, f"{sys.argv[1]}-{processes.size}-{processes.rank}")
+    processes.leave()
 
 
 if __name__ == "__main__":

@@ -19,21 +19,21 @@ import train
 
 
 class Trainer(train.Trainer):
-    def update_once(self):
+    def iterate(self):
         updates = self.counters["updates"]
         if updates in held:
-            Path(f"held-{updates}-{self.world.rank}").touch()
+            Path(f"held-{updates}-{self.processes.rank}").touch()
             for _ in range(50 * 300):  # a test that failed meanwhile leaves no process behind
                 if Path(f"go-{updates}").exists():
                     break
                 time.sleep(0.02)
             else:
                 raise TimeoutError(f"no go-{updates}")
-        return super().update_once()
+        return super().iterate()
 
     def close(self):
-        if self.world.size > 1:
-            torch.save(self.policy.state_dict(), f"weights-{self.world.rank}")
+        if self.processes.size > 1:
+            torch.save(self.policy.state_dict(), f"weights-{self.processes.rank}")
         super().close()
 
 

@@ -1,17 +1,25 @@
 """Short real runs of train.py, as a user would start them."""
 
+import argparse
 import csv
 import os
 import resource
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import mlflow
 import psutil
 import pytest
+
+from evaluate import evaluate, play
+from machinery.processes import ALONE
+from machinery.run import open_run
+from machinery.terminal import Progress
+from plot import draw_run
+from train import Trainer
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "cnn.yaml"
@@ -55,6 +63,21 @@ def no_room(size=1):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def begun(folder, overrides):
+    """The Run of a new training, runs/begun in `folder`, just before its first iteration."""
+    here = os.getcwd()
+    os.chdir(folder)
+    try:
+        args = argparse.Namespace(resume=None, config=str(CONFIG), overrides=[*overrides, "run.name=begun"])
+        with open_run(args, ALONE, play, evaluate, draw_run) as run, closing(Trainer(run.config)) as trainer:
+            run.watch.deferred, run.trainer, run.progress = True, trainer, Progress(1, 0, silent=True)
+            run.boundary, run.saved = run.snapshot(), 0
+            yield run
+    finally:
+        os.chdir(here)
 
 
 def rows(folder):

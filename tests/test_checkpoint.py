@@ -8,18 +8,18 @@ import time
 import pytest
 import torch
 
-from checkpoint import (
+from machinery.checkpoint import (
     CheckpointError,
     build_policy,
     load_checkpoint,
     load_policy,
-    newest_run,
     policy_bytes,
     read_checkpoint,
     save_checkpoint,
     save_config,
 )
-from config import Config, ConfigError
+from machinery.config import Config, ConfigError
+from machinery.files import newest_run
 from runs import no_room
 
 
@@ -87,7 +87,7 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path):
     """A real limit on the size of files stops the write halfway."""
     save_checkpoint(tmp_path / "a.ckpt", {"frames": 1})
     code = (
-        "import resource, signal, sys, torch; from checkpoint import save_checkpoint\n"
+        "import resource, signal, sys, torch; from machinery.checkpoint import save_checkpoint\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "try: save_checkpoint(sys.argv[1], {'frames': 2, 'weights': torch.randn(100_000)})\n"
         "except OSError as error: print('refused', error.errno)\n")
@@ -100,7 +100,7 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path):
 
 def test_killed_while_saving_leaves_a_good_checkpoint(tmp_path):
     code = (
-        "import itertools, sys, torch; from checkpoint import save_checkpoint\n"
+        "import itertools, sys, torch; from machinery.checkpoint import save_checkpoint\n"
         "for i in itertools.count(): save_checkpoint(sys.argv[1] + f'/checkpoints/{i:012d}.ckpt', "
         "{'i': i, 'weights': torch.full((300_000,), float(i))}); print(i, flush=True)\n")
     (tmp_path / "checkpoints").mkdir()

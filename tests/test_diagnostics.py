@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from config import load_config
-from diagnostics import LONG, Diagnostics
+from machinery.config import load_config
+from machinery.diagnostics import LONG, Diagnostics
 from plot import read_metrics
 
 ROOT = Path(__file__).parent.parent

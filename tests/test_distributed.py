@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from checkpoint import load_checkpoint
+from machinery.checkpoint import load_checkpoint
 from runs import CONFIG, HELD, ROOT, TINY, go, only_run, rows, run, wait_until_held, without_speed
 
 SETTINGS = ["--config", CONFIG, *TINY, "env.num_workers=1", "evaluation.episodes=0", "ppo.num_steps=16"]

@@ -11,14 +11,14 @@ import gymnasium as gym
 import numpy as np
 import psutil
 import pytest
+from gymnasium.envs.box2d import lunar_lander
 from gymnasium.envs.box2d.lunar_lander import heuristic
 from gymnasium.error import AlreadyPendingCallError
 
+from camera import shrink
 from envs import (
-    ENV_ID,
-    OUTCOMES,
+    EPISODE_METRICS,
     PARTICLE_AGEING,
-    TRAINING_SEEDS,
     FrameStack,
     Lander,
     LanderGroup,
@@ -26,8 +26,8 @@ from envs import (
     RenderedLander,
     WorkerError,
     make_vector_env,
-    shrink,
 )
+from task import ACTIONS, ENV_ID, FPS, MIRRORED_ACTIONS, OUTCOMES, SOLVED, TIME_LIMIT, TRAINING_SEEDS, VIEWPORT
 
 
 def rendered_episode(seed, choose, factor, color):
@@ -187,26 +187,28 @@ SETTINGS = {"frame_skip": 4, "frame_stack": 2, "shrink_factor": 8, "color": Fals
 def test_vector_env_equals_its_landers_played_alone():
     envs = make_vector_env(num_envs=4, num_workers=2, seed=3, **SETTINGS)
     try:
+        assert (envs.num_envs, envs.observation_space.shape, envs.action_space.shape) == (4, (4, 2, 50, 75), (4,))
         observations = envs.reset()[0].copy()
         alone = [LanderGroup(1, i, 3, **SETTINGS) for i in range(4)]
         for i, group in enumerate(alone):
-            np.testing.assert_array_equal(observations.reshape(4, 2, 50, 75)[i], group.reset()[0][0])
+            np.testing.assert_array_equal(observations[i], group.reset()[0][0])
         rng, endings = np.random.default_rng(0), 0
         for _ in range(60):
             actions = rng.integers(4, size=4)
-            observations, rewards, terminated, truncated, info = envs.step(actions.reshape(2, 2))
-            assert rewards.shape == terminated.shape == truncated.shape == info["env_frames"].shape == (2, 2)
+            observations, rewards, terminated, truncated, info = envs.step(actions)
+            assert rewards.shape == terminated.shape == truncated.shape == info["env_frames"].shape == (4,)
             for i, group in enumerate(alone):
                 frames, reward, term, trunc, own = group.step(actions[i : i + 1])
-                np.testing.assert_array_equal(observations.reshape(4, 2, 50, 75)[i], frames[0])
-                assert (rewards.flat[i], terminated.flat[i], truncated.flat[i]) == (reward[0], term[0], trunc[0])
-                assert info["env_frames"].flat[i] == own["env_frames"][0]
+                np.testing.assert_array_equal(observations[i], frames[0])
+                assert (rewards[i], terminated[i], truncated[i]) == (reward[0], term[0], trunc[0])
+                assert info["env_frames"][i] == own["env_frames"][0]
                 if term[0]:
                     endings += 1
-                    assert info["episode_return"].flat[i] == own["episode_return"][0]
-                    assert info["episode_length"].flat[i] == own["episode_length"][0]
-                    assert info["episode_outcome"].flat[i] == own["episode_outcome"][0]
-                    assert OUTCOMES[int(own["episode_outcome"][0])] in ("crash", "out_of_sight")
+                    assert own["episode"].keys() == info["episode"].keys() == EPISODE_METRICS.keys()
+                    assert {key: values[i] for key, values in info["episode"].items()} == {
+                        key: values[0] for key, values in own["episode"].items()}
+                    assert own["episode"]["length_mean"][0] > 40
+                    assert own["episode"]["landed_rate"][0] == 0  # random play does not land
         assert endings > 3
     finally:
         envs.close()
@@ -218,7 +220,7 @@ def pair():
     envs.reset()
     yield envs
     envs.close()
-    assert not any(process.is_alive() for process in envs.processes)
+    assert not any(process.is_alive() for process in envs.workers.processes)
 
 
 @pytest.fixture
@@ -234,7 +236,7 @@ def two_cores():
 def test_workers_have_cores_of_their_own_where_they_share_them_evenly(workers, two_cores):
     envs = make_vector_env(num_envs=workers, num_workers=workers, **SETTINGS)
     try:
-        cores = [os.sched_getaffinity(process.pid) for process in envs.processes]
+        cores = [os.sched_getaffinity(process.pid) for process in envs.workers.processes]
         if workers % len(two_cores) == 0:
             assert cores == [{two_cores[i % len(two_cores)]} for i in range(workers)]
         else:
@@ -243,11 +245,11 @@ def test_workers_have_cores_of_their_own_where_they_share_them_evenly(workers, t
         envs.close()
 
 
-NOTHING = np.zeros((2, 2), int)
+NOTHING = np.zeros(4, int)
 
 
 def test_killed_worker_is_named(pair):
-    os.kill(pair.processes[1].pid, signal.SIGKILL)
+    os.kill(pair.workers.processes[1].pid, signal.SIGKILL)
     with pytest.raises(WorkerError, match="worker 1 died, exit code -9"):
         for _ in range(3):
             pair.step(NOTHING)
@@ -255,8 +257,8 @@ def test_killed_worker_is_named(pair):
 
 def test_frozen_worker_is_named(pair):
     pair.step(NOTHING)
-    pair.patience = 1
-    os.kill(pair.processes[0].pid, signal.SIGSTOP)
+    pair.workers.timeout = 1
+    os.kill(pair.workers.processes[0].pid, signal.SIGSTOP)
     with pytest.raises(WorkerError, match="worker 0 did not answer for 1 s"):
         pair.step(NOTHING)
 
@@ -264,18 +266,17 @@ def test_frozen_worker_is_named(pair):
 @pytest.mark.parametrize(("number", "message"), [
     (signal.SIGKILL, "worker 1 died, exit code -9"), (signal.SIGSTOP, "worker 1 did not answer for 5 s")])
 def test_worker_that_fails_while_episodes_are_played_again_is_named(number, message, pair):
-    states = pair.call("state")
-    pair.long_patience = 5  # seconds; the other worker may be slow
-    os.kill(pair.processes[1].pid, number)
+    pair.workers.long_timeout = 5  # seconds; the other worker may be slow
+    os.kill(pair.workers.processes[1].pid, number)
     with pytest.raises(WorkerError, match=message):
-        pair.rewind(states)
+        pair.rewind(pair.state)
 
 
 def test_frozen_worker_does_not_outlive_its_trainer():
     code = (
         "import os, signal, time; from envs import make_vector_env; envs = make_vector_env(4, 2)\n"
-        "os.kill(envs.processes[0].pid, signal.SIGSTOP)\n"
-        "print(*(p.pid for p in envs.processes), flush=True); time.sleep(600)\n")
+        "os.kill(envs.workers.processes[0].pid, signal.SIGSTOP)\n"
+        "print(*(p.pid for p in envs.workers.processes), flush=True); time.sleep(600)\n")
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
                                cwd=Path(__file__).parent.parent)
     workers = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
@@ -292,50 +293,49 @@ def test_frames_that_do_not_fit_into_shared_memory_are_said_before_anything_star
 
 def test_raising_worker_is_named_with_its_cause(pair):
     with pytest.raises(WorkerError, match="worker 1 raised AssertionError: 9"):
-        pair.step(np.array([[0, 0], [0, 9]]))
+        pair.step(np.array([0, 0, 0, 9]))
 
 
-def test_worker_that_raises_while_nothing_is_asked_is_named_with_its_cause(monkeypatch):
-    monkeypatch.setattr("envs.partial", lambda *args, **settings: FailsWhenIdle())
-    with pytest.raises(WorkerError, match=r"worker \d raised ArithmeticError: no such episode"):
-        envs = make_vector_env(num_envs=4, num_workers=2, **SETTINGS)
-        try:
-            envs.reset()
-            for process in envs.processes:
-                process.join(1)  # time to fail in
-            envs.step(np.zeros((2, 2), int))
-        finally:
-            envs.close()
+def test_worker_that_raises_in_a_later_step_is_named_with_its_cause(monkeypatch):
+    monkeypatch.setattr("envs.partial", lambda *args, **settings: FailsLater())
+    envs = make_vector_env(num_envs=4, num_workers=2, **SETTINGS)
+    try:
+        envs.reset()
+        envs.step(NOTHING)
+        with pytest.raises(WorkerError, match=r"worker \d raised ArithmeticError: no such step"):
+            envs.step(NOTHING)
+    finally:
+        envs.close()
 
 
-class FailsWhenIdle:
+class FailsLater:
     def __call__(self):
         group = LanderGroup(2, 0, 0, **SETTINGS)
-        prepare, count = group.prepare, iter(range(100))
+        step, count = group.step, iter(range(100))
 
-        def fail_at_the_fourth(i):
-            if next(count) == 3:  # two for the first episodes, and those after them when nothing is asked
-                raise ArithmeticError("no such episode")
-            prepare(i)
+        def fail_at_the_second(actions):
+            if next(count) == 1:
+                raise ArithmeticError("no such step")
+            return step(actions)
 
-        group.prepare = fail_at_the_fourth
+        group.step = fail_at_the_second
         return group
 
 
 def test_interrupted_step_is_not_taken_for_the_next_one(pair, monkeypatch):
-    def interrupt(patience):
+    def interrupt(timeout):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pair, "_poll_pipe_envs", interrupt)
-        pair.step(np.zeros((2, 2), int))
-    with pytest.raises(AlreadyPendingCallError, match="interrupted"):
-        pair.step(np.zeros((2, 2), int))
+        patch.setattr(pair.workers, "step_wait", interrupt)
+        pair.step(NOTHING)
+    with pytest.raises(AlreadyPendingCallError, match="waiting for a pending call to `step`"):
+        pair.step(NOTHING)
 
 
 def test_actions_are_one_per_lander(pair):
-    with pytest.raises(ValueError, match=r"actions of shape \(2,\), not \(2, 2\)"):
-        pair.step(np.zeros(2, int))
+    with pytest.raises(ValueError, match=r"actions of shape \(2, 2\), not \(4,\)"):
+        pair.step(np.zeros((2, 2), int))
 
 
 def test_worker_that_cannot_start(monkeypatch):
@@ -364,8 +364,8 @@ def test_truncated_episode_hands_over_its_last_frames():
             last = twin.step(0 if decision % 2 else 2)[0]
     assert truncated.tolist() == [True]
     assert terminated.tolist() == [False]
-    assert info["episode_length"].tolist() == [42]
-    assert OUTCOMES[int(info["episode_outcome"][0])] == "time"
+    assert info["episode"]["length_mean"].tolist() == [42]
+    assert info["episode"]["landed_rate"].tolist() == [0]
     # Two of the eleventh decision's four steps were played: its frame is not the twin's, but the one before it is.
     np.testing.assert_array_equal(info["final_frames"][0][0], last[1])
     assert not np.array_equal(frames[0], info["final_frames"][0])
@@ -384,12 +384,12 @@ def test_last_frames_of_a_truncated_episode_reach_the_trainer():
     try:
         envs.reset()
         for action in actions:
-            seen, _, terminated, both_truncated, told = envs.step(np.array([[0], [action]]))
+            seen, _, terminated, both_truncated, told = envs.step(np.array([0, action]))
             assert ("final_frames" in told) == both_truncated.any()
-        assert both_truncated.tolist() == [[False], [True]]
-        np.testing.assert_array_equal(told["final_frames"][1], info["final_frames"])
+        assert both_truncated.tolist() == [False, True]
+        np.testing.assert_array_equal(told["final_frames"][1:], info["final_frames"])
         assert not told["final_frames"][0].any()
-        np.testing.assert_array_equal(seen[1], frames)
+        np.testing.assert_array_equal(seen[1:], frames)
     finally:
         envs.close()
 
@@ -407,15 +407,41 @@ def test_episodes_never_use_evaluation_seeds(monkeypatch):
 
 def test_state_restores_landers_in_mid_episode():
     rng = np.random.default_rng(0)
-    group = LanderGroup(3, 0, 7, **SETTINGS)
-    group.reset()
-    for _ in range(40):
-        group.step(rng.integers(4, size=3))
-    other = LanderGroup(3, 0, 7, **SETTINGS)
-    other.prepare(1)  # of an episode that will not come
-    other.rewind(group.state)
-    np.testing.assert_array_equal(other.frames, group.frames)
-    for _ in range(60):
-        actions = rng.integers(4, size=3)
-        for mine, theirs in zip(group.step(actions)[:4], other.step(actions)[:4], strict=True):
-            np.testing.assert_array_equal(mine, theirs)
+    envs, others = (make_vector_env(num_envs=6, num_workers=n, seed=7, first_env=12, **SETTINGS) for n in (1, 2))
+    try:
+        envs.reset()
+        others.reset()
+        for _ in range(40):
+            frames = envs.step(rng.integers(4, size=6))[0]
+        assert max(episodes for episodes, _ in envs.state) > 1
+        np.testing.assert_array_equal(others.rewind(envs.state), frames)
+        for _ in range(60):
+            actions = rng.integers(4, size=6)
+            for mine, theirs in zip(envs.step(actions)[:4], others.step(actions)[:4], strict=True):
+                np.testing.assert_array_equal(mine, theirs)
+        assert others.state == envs.state
+    finally:
+        envs.close()
+        others.close()
+
+
+def test_facts_are_those_of_gymnasium():
+    env = gym.make(ENV_ID, render_mode="rgb_array")
+    env.reset(seed=0)
+    assert env.render().shape == (*VIEWPORT, 3)
+    assert (VIEWPORT, FPS) == ((lunar_lander.VIEWPORT_H, lunar_lander.VIEWPORT_W), lunar_lander.FPS)
+    assert env.action_space.n == len(ACTIONS) == len(MIRRORED_ACTIONS)
+    assert (SOLVED, TIME_LIMIT) == (200, 1000)
+
+
+def test_a_trainer_that_dies_while_its_workers_begin_leaves_none():
+    """They are not asked to end: the kernel ends them."""
+    code = "import time; from envs import make_vector_env; make_vector_env(4, 2)\ntime.sleep(600)\n"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent,
+                               stderr=subprocess.DEVNULL)
+    parent = psutil.Process(process.pid)
+    while not (workers := parent.children()):
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert psutil.wait_procs(workers, timeout=20)[1] == []

@@ -11,9 +11,12 @@ import pytest
 import torch
 
 import evaluate
-from checkpoint import load_policy
-from envs import ENV_ID, VIEWPORT_H, VIEWPORT_W, FrameStack, Lander, RenderedLander, shrink
+from camera import shrink
+from envs import FrameStack, Lander, RenderedLander
+from machinery.checkpoint import load_policy
+from machinery.video import VideoRecorder
 from runs import no_room
+from task import ENV_ID, VIEWPORT
 
 
 def run_main(*args):
@@ -36,7 +39,7 @@ def test_report_equals_episodes_played_by_hand(policy_file, tmp_path):
         frames = stack.fill(shrink(env.render(), 4, True))
         while not ended:
             with torch.no_grad():
-                logits, _ = policy(*policy.see(torch.from_numpy(frames)[None]))
+                logits = policy(*policy.preprocess_stacks(torch.from_numpy(frames)[None])).distribution.logits
             for _ in range(config.env.frame_skip):
                 _, reward, terminated, truncated, _ = env.step(int(logits.argmax()))
                 picture, total, length = env.render(), total + reward, length + 1
@@ -97,9 +100,9 @@ def test_confidence_interval_of_a_known_case():
 
 def test_no_encoder_outlives_its_episode(tmp_path):
     """Each takes a hundred megabytes; of an evaluation with many videos only a few may live at once."""
-    frame = np.zeros((VIEWPORT_H, VIEWPORT_W, 3), np.uint8)
+    frame = np.zeros((*VIEWPORT, 3), np.uint8)
     lander = SimpleNamespace(on_frame=None)
-    with evaluate.VideoRecorder(tmp_path, 3, 0) as recorder:
+    with VideoRecorder(tmp_path, 3, 0) as recorder:
         for index in range(3):
             recorder.begin(index, lander)
             for _ in range(3):

@@ -19,12 +19,14 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 
 import train
-from checkpoint import load_checkpoint, load_policy
-from config import load_config
+from machinery.checkpoint import load_checkpoint, load_policy
+from machinery.config import load_config
+from machinery.tracking import Tracker, TrackingError
 from runs import (
     BARE,
     CONFIG,
     TINY,
+    begun,
     command,
     go,
     no_room,
@@ -37,7 +39,6 @@ from runs import (
     wait_until_held,
     workers_of,
 )
-from tracking import Tracker, TrackingError
 
 UNLIMITED = (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY)
 
@@ -94,10 +95,10 @@ def test_interrupt_during_the_start(tmp_path):
     def loads_torch(process):
         return any("libtorch" in library.path for library in psutil.Process(process.pid).memory_maps())
 
-    for begun in (loads_torch, lambda process: psutil.Process(process.pid).children()):
+    for loaded in (loads_torch, lambda process: psutil.Process(process.pid).children()):
         process = start(tmp_path, "--config", CONFIG, "run.name=x", *TINY, *BARE)
         time.sleep(0.5)
-        wait(process, lambda begun=begun, process=process: begun(process), seconds=60)
+        wait(process, lambda loaded=loaded, process=process: loaded(process), seconds=60)
         time.sleep(0.2)
         children = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGINT)
@@ -163,37 +164,37 @@ def test_numbers_that_are_not_finite_stop_the_run(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trainer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    (folder / "checkpoints").mkdir()
-    trainer = train.Trainer(load_config(CONFIG, [*TINY, *BARE, "evaluation.interval=1"]), folder)
-    yield trainer
-    trainer.close()
+def a_run(tmp_path_factory):
+    with begun(tmp_path_factory.mktemp("run"), [*TINY, *BARE, "evaluation.interval=1"]) as run:
+        yield run
 
 
-def test_best_policy_that_a_full_disk_refused_is_saved_later(trainer):
+def test_best_policy_that_a_full_disk_refused_is_saved_later(a_run, capsys):
     """And before the checkpoint that counts on it."""
-    file, metrics = trainer.folder / "checkpoints" / "policy.safetensors", trainer.update_once()
+    file, metrics = a_run.folder / "checkpoints" / "policy.safetensors", a_run.attempt(a_run.trainer)
     with no_room():
-        for call in (lambda: trainer.select(metrics), lambda: trainer.save(trainer.snapshot())):
-            with pytest.raises(OSError, match=r"File too large: .*policy\.safetensors"):
-                call()
-    assert trainer.counters["best"] == metrics["eval/return_mean"]
+        a_run.select(metrics)
+        assert "best policy not saved (File too large); training goes on and will try again" in capsys.readouterr().out
+        with pytest.raises(OSError, match=r"File too large: .*policy\.safetensors"):
+            a_run.save()
+    assert a_run.counters["best"] == metrics["eval/return_mean"]
     assert list(file.parent.iterdir()) == []
-    trainer.save(trainer.snapshot())
+    a_run.boundary = a_run.snapshot()
+    a_run.save()
     weights = load_policy(file)[0].state_dict()
-    assert all(torch.equal(weights[key], tensor) for key, tensor in trainer.policy.state_dict().items())
+    assert all(torch.equal(weights[key], tensor) for key, tensor in a_run.trainer.policy.state_dict().items())
 
 
-def test_weights_that_are_not_finite_are_named(trainer):
+def test_weights_that_are_not_finite_are_named(a_run):
+    trainer = a_run.trainer
     trainer.policy.register_buffer("stray", torch.tensor(float("inf")))
     with pytest.raises(FloatingPointError, match="the weights are not finite"):
-        trainer.update_once()
+        trainer.iterate()
     assert not trainer.between_updates  # so that no checkpoint takes them
     del trainer.policy.stray
     trainer.policy.actor.bias.data[0] = float("nan")
     with pytest.raises(FloatingPointError, match="the policy's logits or values"):
-        trainer.update_once()
+        trainer.iterate()
 
 
 def test_resume_with_another_policy_or_other_frames(tmp_path):
@@ -262,7 +263,8 @@ def test_lost_server_costs_no_training_and_the_gap_is_told(tmp_path):
 
 def test_two_runs_begun_at_once_share_a_new_store(tmp_path):
     code = (
-        "import os, sys; from config import load_config; from tracking import Tracker; os.chdir(sys.argv[1])\n"
+        "import os, sys; from machinery.config import load_config; from machinery.tracking import Tracker\n"
+        "os.chdir(sys.argv[1])\n"
         "with Tracker(load_config(), sys.argv[2], threads=1): pass\n")
     processes = []
     for name in ("a", "b"):

@@ -7,12 +7,24 @@ import torch
 import torchvision
 from torch import nn
 
-import models
-from config import ConfigError, check_config, load_config
-from envs import Lander, shrink
-from models import POLICIES, CalibrationError, Glimpse, Policy, TemporalResNet, WeightsError, make_policy, take
+from camera import shrink
+from envs import Lander
+from machinery.config import ConfigError, check_config, load_config
+from models import (
+    POLICIES,
+    CalibrationError,
+    Categorical,
+    Glimpse,
+    Policy,
+    Spaces,
+    TemporalResNet,
+    WeightsError,
+    make_policy,
+    take,
+)
+from task import ACTIONS, MIRRORED_ACTIONS
 
-SHAPE = {"stack": 4, "planes": 3, "height": 100, "width": 150}
+SPACES = Spaces(4, 3, 100, 150, num_actions=len(ACTIONS), mirrored_actions=MIRRORED_ACTIONS)
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 
@@ -34,9 +46,15 @@ def frames():
     return lander_frames()
 
 
+def answer(policy, frame_store, frame_ids):
+    """(logits, value)"""
+    output = policy(frame_store, frame_ids)
+    return output.distribution.logits, output.value
+
+
 def calibrated(name, frames, **options):
     torch.manual_seed(0)
-    policy = make_policy(POLICIES[name].Options(**options), **SHAPE)
+    policy = make_policy(POLICIES[name].Options(**options), SPACES)
     policy.calibrate(frames)
     return policy.eval()
 
@@ -119,46 +137,47 @@ def test_pictures_are_taken_as_they_are_or_in_the_mirror():
 @pytest.mark.parametrize("name", POLICIES)
 def test_shapes_and_dtypes(name, frames):
     policy = calibrated(name, frames)
-    logits, value = policy(*policy.see(frames))
+    output = policy(*policy.preprocess_stacks(frames))
+    logits, value = output.distribution.logits, output.value
     assert logits.shape == (24, 4)
     assert value.shape == (24,)
     assert logits.dtype == value.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        rough, _ = policy(*policy.see(frames))
+        rough = policy(*policy.preprocess_stacks(frames)).distribution.logits
     assert rough.dtype == torch.float32
     assert (rough - logits).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_whole_gray_frames_without_the_eye(name, frames):
-    policy = make_policy(POLICIES[name].Options(glimpse=0, mirror=False), stack=2, planes=1, height=50, width=75)
+    policy = make_policy(POLICIES[name].Options(glimpse=0, mirror=False), Spaces(2, 1, 50, 75, num_actions=4))
     gray = frames[:5, :2, ::2, ::2]
     policy.calibrate(gray)
-    logits, value = policy.eval()(*policy.see(gray))
-    assert (logits.shape, value.shape) == ((5, 4), (5,))
+    output = policy.eval()(*policy.preprocess_stacks(gray))
+    assert (output.distribution.logits.shape, output.value.shape) == ((5, 4), (5,))
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_policy_sees_time_and_space(name, frames):
     policy = calibrated(name, frames)
     with torch.no_grad():
-        value = policy(*policy.see(frames))[1]
+        value = policy(*policy.preprocess_stacks(frames)).value
         backwards = frames.unflatten(1, (4, 3)).flip(1).flatten(1, 2)
         moved = frames.roll(10, dims=3)
-        assert (policy(*policy.see(backwards))[1] - value).abs().max() > 1e-3
-        assert (policy(*policy.see(moved))[1] - value).abs().max() > 1e-3
+        assert (policy(*policy.preprocess_stacks(backwards)).value - value).abs().max() > 1e-3
+        assert (policy(*policy.preprocess_stacks(moved)).value - value).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_order_of_older_frames_matters_and_so_do_their_pixels(name, frames):
     policy = calibrated(name, frames)
     with torch.no_grad():
-        seen, stacks = policy.see(frames[10:])
-        value = policy(seen, stacks)[1]
-        assert (policy(seen, stacks[:, [1, 0, 2, 3]])[1] - value).abs().max() > 1e-4
+        frame_store, frame_ids = policy.preprocess_stacks(frames[10:])
+        value = policy(frame_store, frame_ids).value
+        assert (policy(frame_store, frame_ids[:, [1, 0, 2, 3]]).value - value).abs().max() > 1e-4
         darker = frames[10:].clone()
         darker[:, :3] //= 2  # the oldest frame
-        assert (policy(*policy.see(darker))[1] - value).abs().max() > 1e-4
+        assert (policy(*policy.preprocess_stacks(darker)).value - value).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -166,13 +185,13 @@ def test_mirrored_glimpses_give_mirrored_actions(name, frames):
     """Left and right engines swap; the value stays."""
     policy = calibrated(name, frames)
     nn.init.normal_(policy.actor.weight)
-    seen, stacks = policy.see(frames)
-    other, _ = policy.see(frames)
+    frame_store, frame_ids = policy.preprocess_stacks(frames)
+    other, _ = policy.preprocess_stacks(frames)
     other["pictures"] = other["pictures"].flip(3)
     other["positions"] = other["positions"] * torch.tensor([-1.0, 1.0])
     with torch.no_grad():
-        logits, value = policy(seen, stacks)
-        mirrored_logits, mirrored_value = policy(other, stacks)
+        logits, value = answer(policy, frame_store, frame_ids)
+        mirrored_logits, mirrored_value = answer(policy, other, frame_ids)
     torch.testing.assert_close(mirrored_logits[:, [0, 3, 2, 1]], logits, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(mirrored_value, value, atol=1e-5, rtol=1e-5)
     assert (logits[:, 1] != logits[:, 3]).all()
@@ -184,14 +203,14 @@ def test_frames_shared_by_stacks_give_what_separate_stacks_give(name, frames):
     policy = calibrated(name, frames)
     nn.init.normal_(policy.actor.weight)
     singles = frames[:, -3:]
-    stacks = torch.arange(4) + torch.arange(len(singles) - 3)[:, None]  # (21, 4): neighbours share three frames
+    frame_ids = torch.arange(4) + torch.arange(len(singles) - 3)[:, None]  # (21, 4): neighbours share three frames
     with torch.no_grad():
-        alone = policy(*policy.see(singles[stacks].flatten(1, 2)))
-        seen = policy.look(singles)
+        alone = answer(policy, *policy.preprocess_stacks(singles[frame_ids].flatten(1, 2)))
+        frame_store = policy.preprocess(singles)
         for _ in range(2):  # the second time from memory, where a policy has one
-            for ours, theirs in zip(policy(seen, stacks), alone, strict=True):
+            for ours, theirs in zip(answer(policy, frame_store, frame_ids), alone, strict=True):
                 torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-        learning = policy.train()(policy.look(singles), stacks)
+        learning = answer(policy.train(), policy.preprocess(singles), frame_ids)
     for ours, theirs in zip(learning, alone, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
@@ -202,25 +221,25 @@ def test_a_frame_is_encoded_once(name, frames, monkeypatch):
     encoded = []
     encoder = type(policy).encoder
     monkeypatch.setattr(type(policy), "encoder", lambda self, maps: encoded.append(len(maps)) or encoder(self, maps))
-    seen = policy.look(frames[:, -3:])
-    stacks = torch.arange(4) + torch.arange(21)[:, None]
+    frame_store = policy.preprocess(frames[:, -3:])
+    frame_ids = torch.arange(4) + torch.arange(21)[:, None]
     with torch.no_grad():
-        for row in stacks:
-            policy(seen, row[None])
+        for row in frame_ids:
+            policy(frame_store, row[None])
     assert sum(encoded) == 24  # collecting: four for the first stack, one for each that follows
     encoded.clear()
-    policy.train()(seen, stacks)
+    policy.train()(frame_store, frame_ids)
     assert encoded == [24]  # learning: each once for all stacks of the minibatch
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_overfits_a_tiny_batch(name, frames):
     policy = calibrated(name, frames).train()
-    seen, stacks = policy.see(frames)
+    frame_store, frame_ids = policy.preprocess_stacks(frames)
     actions, values = torch.arange(24) % 4, torch.linspace(-1, 1, 24)
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
     for _ in range(200):
-        logits, value = policy(seen, stacks)
+        logits, value = answer(policy, frame_store, frame_ids)
         loss = nn.functional.cross_entropy(logits, actions) + ((value - values) ** 2).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -235,9 +254,9 @@ def test_frozen_parts_do_not_move_and_learning_parts_do(frames):
     before = {key: tensor.clone() for key, tensor in policy.state_dict().items()}
     groups = policy.parameter_groups()
     optimizer = torch.optim.Adam(groups, lr=1e-3)
-    seen, stacks = policy.see(frames)
+    frame_store, frame_ids = policy.preprocess_stacks(frames)
     for _ in range(3):  # the first residual branches start at zero, and what is behind them moves a step later
-        logits, value = policy(seen, stacks)
+        logits, value = answer(policy, frame_store, frame_ids)
         optimizer.zero_grad()
         (logits.sum() + value.sum()).backward()
         optimizer.step()
@@ -256,12 +275,12 @@ def test_frozen_parts_do_not_move_and_learning_parts_do(frames):
 def test_stored_maps_of_a_frozen_part_equal_recomputation(frames):
     """Bit for bit: the maps that the rollout stores are those of the frozen ResNet, seen plainly and in the mirror."""
     policy = calibrated("temporal_resnet", frames, frozen="layer1")
-    seen = policy.look(frames[:, -3:])
-    plain = Policy.look(policy, frames[:, -3:])["pictures"].float() / 255
+    frame_store = policy.preprocess(frames[:, -3:])
+    plain = Policy.preprocess(policy, frames[:, -3:])["pictures"].float() / 255
     both = torch.stack([plain, plain.flip(3)], 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         maps = policy.resnet["layer1"](policy.resnet["stem"]((both - policy.mean) / policy.std))
-    assert torch.equal(seen["pictures"].flatten(0, 1), maps)
+    assert torch.equal(frame_store["pictures"].flatten(0, 1), maps)
 
 
 def test_encoder_learning_rate_is_its_own(frames):
@@ -276,7 +295,7 @@ def test_pretrained_weights_from_a_file_of_the_true_format(tmp_path, frames):
     source = torchvision.models.resnet18()
     torch.save(source.state_dict(), tmp_path / "resnet18.pth")
     policy = make_policy(
-        TemporalResNet.Options(weights=str(tmp_path / "resnet18.pth"), depth="layer4", enlarge=2), **SHAPE)
+        TemporalResNet.Options(weights=str(tmp_path / "resnet18.pth"), depth="layer4", enlarge=2), SPACES)
     policy.load_pretrained()
     policy.calibrate(frames)  # must leave the statistics of pretrained weights alone
     pictures = torch.rand(2, 3, 64, 64)
@@ -291,21 +310,21 @@ def test_weights_that_do_not_fit_or_cannot_be_had(tmp_path, monkeypatch):
     file = tmp_path / "weights.pth"
     torch.save(torchvision.models.resnet50().state_dict(), file)
     with pytest.raises(WeightsError, match=r"weights\.pth: not weights of resnet18"):
-        make_policy(TemporalResNet.Options(weights=str(file)), **SHAPE).load_pretrained()
+        make_policy(TemporalResNet.Options(weights=str(file)), SPACES).load_pretrained()
     file.write_bytes(b"nothing")
     with pytest.raises(WeightsError, match=r"weights\.pth"):
-        make_policy(TemporalResNet.Options(weights=str(file)), **SHAPE).load_pretrained()
+        make_policy(TemporalResNet.Options(weights=str(file)), SPACES).load_pretrained()
     with pytest.raises(WeightsError, match="IMAGENET1K_V1"):
-        make_policy(TemporalResNet.Options(weights="IMAGENET"), **SHAPE).load_pretrained()
+        make_policy(TemporalResNet.Options(weights="IMAGENET"), SPACES).load_pretrained()
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # nothing downloaded earlier
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # and no way out
     with pytest.raises(WeightsError, match=r"cannot be had.*model\.weights=FILE"):
-        make_policy(TemporalResNet.Options(weights="IMAGENET1K_V1"), **SHAPE).load_pretrained()
+        make_policy(TemporalResNet.Options(weights="IMAGENET1K_V1"), SPACES).load_pretrained()
     broken = tmp_path / "hub" / "checkpoints" / torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
     broken.parent.mkdir(parents=True, exist_ok=True)
     broken.write_bytes(b"half a downlo")
     with pytest.raises(WeightsError, match=r"cannot be had.*model\.weights=FILE") as error:
-        make_policy(TemporalResNet.Options(weights="IMAGENET1K_V1"), **SHAPE).load_pretrained()
+        make_policy(TemporalResNet.Options(weights="IMAGENET1K_V1"), SPACES).load_pretrained()
     assert "\n" not in str(error.value)
 
 
@@ -324,23 +343,28 @@ def test_options_that_cannot_be(settings):
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
 def test_any_resnet_of_torchvision_will_do(name, frames):
     config = check_config({"model": {"name": "temporal_resnet", "resnet": name, "depth": "layer2"}})
-    policy = make_policy(config.model, **SHAPE).eval()
-    assert policy(*policy.see(frames[:2]))[0].shape == (2, 4)
+    policy = make_policy(config.model, SPACES).eval()
+    assert answer(policy, *policy.preprocess_stacks(frames[:2]))[0].shape == (2, 4)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configs_build_their_policy(path):
     config = load_config(path)
-    make_policy(config.model, **SHAPE)
+    make_policy(config.model, SPACES)
 
 
-def test_a_new_policy_takes_one_class_and_one_line(monkeypatch, frames):
-    code = (Path(__file__).parent.parent / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    names = vars(models).copy()
-    exec(compile(code, "README.md", "exec"), names)
-    monkeypatch.setitem(POLICIES, "mean", names["Mean"])
-    config = check_config({"model": {"name": "mean"}})
-    policy = make_policy(config.model, **SHAPE)
-    policy.calibrate(frames)
-    logits, value = policy(*policy.see(frames))
-    assert (logits.shape, value.shape) == ((24, 4), (24,))
+def test_categorical_is_that_of_torch_and_can_be_sampled_from_generators_of_its_own():
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(5, 4)
+    ours, theirs = Categorical(logits), torch.distributions.Categorical(logits=logits)
+    actions = torch.tensor([0, 1, 2, 3, 0])
+    torch.testing.assert_close(ours.log_prob(actions), theirs.log_prob(actions))
+    torch.testing.assert_close(ours.entropy(), theirs.entropy())
+    torch.testing.assert_close(ours.probs.float(), theirs.probs)
+    assert torch.equal(ours.mode(), theirs.probs.argmax(-1))
+    many = Categorical(logits[:1].expand(20_000, 4))
+    for drawn in (many.sample(), many.sample([np.random.default_rng(i) for i in range(20_000)])):
+        shares = torch.bincount(drawn, minlength=4) / 20_000
+        torch.testing.assert_close(shares, theirs.probs[0], atol=0.015, rtol=0)
+    again = [ours.sample([np.random.default_rng(i) for i in range(5)]).tolist() for _ in range(2)]
+    assert again[0] == again[1]

@@ -10,11 +10,12 @@ import torch
 from test_evaluate import run_main
 
 import evaluate
-import panel
-from checkpoint import build_policy, load_policy
-from config import load_config
 from envs import Lander, RenderedLander
-from panel import FRAME_TOP, MARGIN, STACK_TOP, Panel, look_inside
+from machinery import panel
+from machinery.checkpoint import build_policy, load_policy
+from machinery.config import load_config
+from machinery.panel import FRAME_TOP, MARGIN, STACK_TOP, Panel, look_inside
+from machinery.video import VideoRecorder
 
 POLICIES = {
     "cnn": [],
@@ -34,7 +35,7 @@ def policy_and_frames(overrides, decisions=6):
     if policy.eye:
         policy.eye.direction.copy_(torch.tensor([0.33, -0.81, 0.48]))
     torch.nn.init.normal_(policy.actor.weight)
-    lander = Lander(config.env.frame_skip, config.env.frame_stack, config.env.shrink_factor, config.env.color)
+    lander = Lander(**config.env.frame_settings())
     frames = lander.reset(1_000_003)
     for i in range(decisions):
         frames = lander.step(i % 4)[0]
@@ -50,11 +51,11 @@ def test_saliency_is_the_slope_of_the_chosen_logit(overrides, mirror):
     assert insight.saliency.shape == (32, 32)
 
     def logit(y, x, plane, change):
-        seen, stacks = policy.see(frames[None])
-        seen["pictures"] = seen["pictures"].double()
-        seen["pictures"][-1, plane, y, x] += change
+        frame_store, frame_ids = policy.preprocess_stacks(frames[None])
+        frame_store["pictures"] = frame_store["pictures"].double()
+        frame_store["pictures"][-1, plane, y, x] += change
         with torch.no_grad():
-            return float(policy(seen, stacks)[0][0, action])
+            return float(policy(frame_store, frame_ids).distribution.logits[0, action])
 
     brightest = np.stack(np.unravel_index(np.argsort(insight.saliency, axis=None)[-3:], (32, 32)), 1)
     for y, x in [*brightest.tolist(), [2, 30]]:
@@ -70,7 +71,7 @@ def test_attention_is_that_of_the_newest_step_in_the_last_layer(name):
     layer = policy.over_time.layers[-1]
     layer.register_forward_pre_hook(lambda layer, arguments: inputs.append(arguments[0]))
     with torch.no_grad():
-        policy(*policy.see(frames[None]))
+        policy(*policy.preprocess_stacks(frames[None]))
     steps, heads = layer.norm1(inputs[0])[0], policy.options.heads  # (S, width)
     attention = layer.self_attn
     query, key, _ = (steps @ attention.in_proj_weight.T + attention.in_proj_bias).view(4, 3, heads, -1).unbind(1)
@@ -84,7 +85,8 @@ def test_attention_is_that_of_the_newest_step_in_the_last_layer(name):
 def test_the_panel_draws_what_the_policy_put_out(overrides):
     policy, config, frames = policy_and_frames(overrides)
     with torch.no_grad():
-        logits, value = policy(*policy.see(torch.from_numpy(frames)[None]))
+        output = policy(*policy.preprocess_stacks(torch.from_numpy(frames)[None]))
+    value, logits = output.value, output.distribution.logits
     probabilities, action = logits[0].softmax(-1).numpy(), int(logits[0].argmax())
     drawing = Panel(policy, config, "title")
     drawing.decide(frames, probabilities, float(value), action, 12.5, 24)
@@ -105,7 +107,7 @@ def test_the_panel_draws_what_the_policy_put_out(overrides):
     assert picture.shape == (drawing.height, drawing.width, 3)
     assert drawing.height % 16 == drawing.width % 16 == 0
     assert (picture[FRAME_TOP : FRAME_TOP + 400, MARGIN : MARGIN + 600] == rendered).all()
-    newest = frames[-policy.planes :].transpose(1, 2, 0)
+    newest = frames[-policy.spaces.planes :].transpose(1, 2, 0)
     width, height = drawing.frame_size
     shown = picture[STACK_TOP : STACK_TOP + height, drawing.columns[-2] :][:, :width]
     assert (shown[0, 0] == newest[0, 0]).all()
@@ -189,9 +191,9 @@ def test_numbers_beside_a_frame_belong_to_that_frame(policy_file, monkeypatch):
 
     files = {}
     monkeypatch.setattr(
-        evaluate.VideoRecorder, "_open", lambda self, index, name, width, height: files.setdefault(name, []).append)
+        VideoRecorder, "_open", lambda self, index, name, width, height: files.setdefault(name, []).append)
     policy, config, _ = load_policy(policy_file)
-    recorder = evaluate.VideoRecorder("nowhere", 1, 1000007, "x", lambda title: Counter())
+    recorder = VideoRecorder("nowhere", 1, 1000007, "x", lambda title: Counter())
     _, (length,), _ = evaluate.play(policy, config.env, [1000007], lander_class=RenderedLander, recorder=recorder)
     frames, numbers = zip(*files["x-panel.mp4"], strict=True)
     assert numbers == (*(i // 4 + 1 for i in range(length)), f"end after {length}")

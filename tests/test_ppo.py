@@ -5,16 +5,21 @@ import pytest
 import torch
 from torch import nn
 
-from config import PPO, Config
-from envs import LanderGroup
-from models import POLICIES, Temporal
+from machinery.config import PPO
+from models import POLICIES, Categorical, PolicyOutput, Spaces, Temporal, make_policy
 from train import Rollout, collect, compute_advantages, explained_variance, ppo_loss, schedule, update
 
 FP32 = torch.autocast("cpu", enabled=False)
 
 
 def empty_rollout(num_steps, num_envs):
-    return Rollout.empty(num_steps, num_envs, 1, {"frames": torch.zeros(1, 1)})
+    return Rollout.empty(num_steps, 1, {"frames": torch.zeros(num_envs, 1)}, torch.zeros(num_envs, dtype=torch.int64))
+
+
+def rollout_for(envs, policy, frames, stack=1):
+    """An empty Rollout of 8 decisions of `policy` in `envs`, whose current observations are `frames`."""
+    frame_store = policy.preprocess(frames.chunk(stack, dim=1)[-1])
+    return Rollout.empty(8, stack, frame_store, torch.zeros(len(frames), dtype=torch.int64))
 
 
 def advantages_by_definition(rollout, gamma, lam):
@@ -24,14 +29,10 @@ def advantages_by_definition(rollout, gamma, lam):
     for n in range(envs):
         for t in range(steps):
             for k in range(t, steps):
-                ended = bool(rollout.terminated[k, n] or rollout.truncated[k, n])
-                if ended:
-                    following = float(rollout.final_values[k, n])
-                else:
-                    following = float(rollout.values[k + 1, n] if k + 1 < steps else rollout.next_value[n])
+                following = float(rollout.next_values[k, n])
                 delta = float(rollout.rewards[k, n]) + gamma * following - float(rollout.values[k, n])
                 advantages[t, n] += (gamma * lam) ** (k - t) * delta
-                if ended:
+                if rollout.terminated[k, n] or rollout.truncated[k, n]:
                     break
     return advantages
 
@@ -39,46 +40,99 @@ def advantages_by_definition(rollout, gamma, lam):
 def test_advantages_equal_a_plain_double_loop():
     generator = torch.Generator().manual_seed(0)
     rollout = empty_rollout(40, 6)
-    for tensor in (rollout.rewards, rollout.values, rollout.next_value):
+    for tensor in (rollout.rewards, rollout.values, rollout.next_values):
         tensor.copy_(torch.randn(tensor.shape, generator=generator))
     endings = torch.rand(40, 6, generator=generator)
     rollout.terminated[:] = endings < 0.1
     rollout.truncated[:] = (endings >= 0.1) & (endings < 0.2)
     rollout.terminated[-1, 0], rollout.truncated[-1, 1] = True, True  # endings at the rollout's border
     rollout.truncated &= ~rollout.terminated
-    rollout.final_values[:] = torch.randn(40, 6, generator=generator) * rollout.truncated
-    advantages, returns = compute_advantages(rollout, 0.97, 0.9)
+    compute_advantages(rollout, 0.97, 0.9)
     expected = advantages_by_definition(rollout, 0.97, 0.9)
-    np.testing.assert_allclose(advantages.numpy(), expected, atol=1e-5)
-    np.testing.assert_allclose(returns.numpy(), expected + rollout.values.numpy(), atol=1e-5)
+    np.testing.assert_allclose(rollout.advantages.numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(rollout.returns.numpy(), expected + rollout.values.numpy(), atol=1e-5)
 
 
 def test_termination_and_truncation_differ_by_the_bootstrap():
-    rollout = empty_rollout(1, 2)
+    """Of landers that end at their first decision, one in each way, and of one that flies on."""
+    envs = ScriptedEnvs(terminated=[[1, 0, 0]], truncated=[[0, 1, 0]], frames=[[0, 0, 0], [100, 100, 100]], final=10)
+    rollout = envs.collected()
+    assert rollout.next_values.tolist() == [[0.0, 10.0, 100.0]]  # 100 is the next episode's; must not leak
     rollout.rewards[:] = 1
-    rollout.next_value[:] = 100  # the next episode's; must not leak
-    rollout.terminated[0, 0], rollout.truncated[0, 1] = True, True
-    rollout.final_values[0, 1] = 10
-    assert compute_advantages(rollout, 0.5, 0.95)[0].tolist() == [[1.0, 6.0]]
+    compute_advantages(rollout, 0.5, 0.95)
+    assert rollout.advantages.tolist() == [[1.0, 6.0, 51.0]]
+
+
+def test_next_values_equal_a_plain_double_loop():
+    rng = np.random.default_rng(0)
+    frames, endings = rng.integers(0, 200, (21, 6)), rng.random((20, 6))
+    terminated, truncated = endings < 0.1, (endings >= 0.1) & (endings < 0.2)
+    terminated[-1, 0], truncated[-1, 1] = True, True  # endings at the rollout's border
+    truncated &= ~terminated
+    envs = ScriptedEnvs(terminated, truncated, frames, final=250)
+    rollout = envs.collected()
+    for t in range(20):
+        for n in range(6):
+            following = 0 if terminated[t, n] else 250 if truncated[t, n] else frames[t + 1, n]
+            assert rollout.next_values[t, n] == following
+    assert envs.ended == (terminated | truncated).sum()
+    np.testing.assert_array_equal(rollout.values.numpy(), frames[:-1])
+
+
+class Brightness(nn.Module):
+    """A policy to which a frame is worth its brightness."""
+
+    def preprocess(self, frames):
+        return {"frames": frames.flatten(1)}
+
+    def preprocess_stacks(self, stacks):
+        return self.preprocess(stacks), torch.arange(len(stacks))[:, None]
+
+    def forward(self, frame_store, frame_ids, minibatch=None):
+        seen = frame_store["frames"][frame_ids[:, -1], 0]
+        return PolicyOutput(Categorical(torch.zeros(len(seen), 2)), seen.float())
+
+
+class ScriptedEnvs:
+    """Endings (T, N) and brightnesses of the frames (T + 1, N) as given; `final` ends a truncated episode."""
+
+    def __init__(self, terminated, truncated, frames, final):
+        self.terminated, self.truncated, self.frames = (np.array(x) for x in (terminated, truncated, frames))
+        self.final, self.time = final, 0
+
+    def shown(self):
+        return self.frames[self.time].astype(np.uint8).reshape(-1, 1, 1, 1)
+
+    def step(self, actions):
+        terminated, truncated = self.terminated[self.time] > 0, self.truncated[self.time] > 0
+        self.time += 1
+        info = {"env_frames": np.ones(len(actions), int), "episode": {"return_mean": np.zeros(len(actions))},
+                "final_frames": np.full((len(actions), 1, 1, 1), self.final, np.uint8)}
+        return self.shown(), np.zeros(len(actions)), terminated, truncated, info
+
+    def collected(self):
+        policy, frames = Brightness(), torch.from_numpy(self.shown())
+        rollout = Rollout.empty(len(self.terminated), 1, policy.preprocess(frames),
+                                torch.zeros(len(frames), dtype=torch.int64))
+        self.ended = len(collect(self, policy, rollout, frames, 1.0, FP32)[1]["episodes"])
+        return rollout
 
 
 def hand_made_batch():
     """Four decisions among two actions; the old probabilities of the actions taken are 0.5 each."""
     chances = torch.tensor([0.6, 0.5, 0.2, 0.2])  # new probabilities of action 0
-    batch = {
-        "actions": torch.tensor([0, 0, 0, 0]),
-        "log_probs": torch.full((4,), 0.5).log(),
-        "advantages": torch.tensor([2.0, 1.0, -1.0, 1.0]),
-        "returns": torch.tensor([1.0, 0.0, 2.0, 1.0]),
-        "values": torch.zeros(4),
-    }
-    return torch.stack([chances, 1 - chances], 1).log(), torch.tensor([0.5, 0.0, 1.0, 1.0]), batch
+    minibatch = empty_rollout(1, 4)[torch.arange(4)]
+    minibatch.log_probs = torch.full((4,), 0.5).log()
+    minibatch.advantages = torch.tensor([2.0, 1.0, -1.0, 1.0])
+    minibatch.returns = torch.tensor([1.0, 0.0, 2.0, 1.0])
+    logits = torch.stack([chances, 1 - chances], 1).log().requires_grad_()
+    return logits, PolicyOutput(Categorical(logits), torch.tensor([0.5, 0.0, 1.0, 1.0])), minibatch
 
 
 def test_loss_on_a_hand_made_case():
-    logits, value, batch = hand_made_batch()
+    _, output, minibatch = hand_made_batch()
     ppo = PPO(clip_coef=0.1, value_coef=0.5, normalize_advantages=False)
-    loss, metrics = ppo_loss(logits, value, batch, ppo, entropy_coef=0.01)
+    loss, metrics = ppo_loss(output, minibatch, ppo, entropy_coef=0.01)
     # Ratios 1.2, 1.0, 0.4, 0.4. Clipped to 0.9..1.1 the terms are min(2.4, 2.2), min(1, 1), min(-0.4, -0.9), and
     # min(0.4, 0.9), where it is the unclipped one that is smaller.
     policy_loss = -(2.2 + 1.0 - 0.9 + 0.4) / 4
@@ -94,8 +148,8 @@ def test_loss_on_a_hand_made_case():
 
 
 def test_advantages_are_normalised():
-    logits, value, batch = hand_made_batch()
-    _, metrics = ppo_loss(logits, value, batch, PPO(clip_coef=0.1), 0.0)
+    _, output, minibatch = hand_made_batch()
+    _, metrics = ppo_loss(output, minibatch, PPO(clip_coef=0.1), 0.0)
     advantages = np.array([2.0, 1.0, -1.0, 1.0])
     advantages = (advantages - 0.75) / np.std(advantages, ddof=1)
     ratios = np.array([1.2, 1.0, 0.4, 0.4])
@@ -104,17 +158,16 @@ def test_advantages_are_normalised():
 
 
 def test_value_clipping_takes_the_worse_of_two_errors():
-    logits, value, batch = hand_made_batch()
-    _, metrics = ppo_loss(logits, value, batch, PPO(clip_coef=0.1, value_clip=True), 0.0)
+    _, output, minibatch = hand_made_batch()
+    _, metrics = ppo_loss(output, minibatch, PPO(clip_coef=0.1, value_clip=True), 0.0)
     # Values may move by 0.1 from 0: errors max(0.5, 0.9)^2, 0, max(1, 1.9)^2, max(0, 0.9)^2.
     assert float(metrics["value_loss"]) == pytest.approx(0.5 * (0.81 + 0 + 3.61 + 0.81) / 4, abs=1e-6)
 
 
 def test_clipped_decisions_give_no_gradient():
-    logits, value, batch = hand_made_batch()
-    logits.requires_grad_()
+    logits, output, minibatch = hand_made_batch()
     ppo = PPO(clip_coef=0.1, normalize_advantages=False)
-    ppo_loss(logits, value, batch, ppo, 0.0)[0].backward()
+    ppo_loss(output, minibatch, ppo, 0.0)[0].backward()
     # The first is beyond the clip with a positive advantage, the third beyond it with a negative one.
     assert logits.grad[0].abs().max() == 0
     assert logits.grad[1].abs().max() > 0
@@ -142,34 +195,32 @@ def test_schedule_warms_up_anneals_and_knows_the_late_stage():
 
 
 class ProbeEnvs:
-    """An environment in the form of AsyncVectorEnv with one worker, for rules written as plain functions.
+    """An environment in the form of envs.LanderVectorEnv, for rules written as plain functions.
 
     rule(step, observation, action) -> (reward, ended); observations are -1 or 1, shown as frames all 0 or all 255.
     """
 
-    num_envs = 1
-
-    def __init__(self, rule, random_observation, landers=16, shape=(1, 1, 1)):
+    def __init__(self, rule, random_observation, num_envs=16, shape=(1, 1, 1)):
         self.shape = shape  # K, H, W
         self.rule, self.random, self.rng = rule, random_observation, np.random.default_rng(0)
-        self.landers, self.steps = landers, np.zeros(landers, int)
-        self.observations = np.stack([self._begin() for _ in range(landers)])
+        self.num_envs, self.steps = num_envs, np.zeros(num_envs, int)
+        self.observations = np.stack([self._begin() for _ in range(num_envs)])
 
     def _begin(self):
         return self.rng.choice([0, 255]) if self.random else 255
 
     def frames(self):
-        return np.tile(self.observations.astype(np.uint8).reshape(1, self.landers, 1, 1, 1), self.shape)
+        return np.tile(self.observations.astype(np.uint8).reshape(self.num_envs, 1, 1, 1), self.shape)
 
     def step(self, actions):
-        rewards, terminated = np.zeros((1, self.landers), np.float32), np.zeros((1, self.landers), bool)
-        for i, action in enumerate(actions[0]):
+        rewards, terminated = np.zeros(self.num_envs, np.float32), np.zeros(self.num_envs, bool)
+        for i, action in enumerate(actions):
             seen = 1 if self.observations[i] else -1
-            rewards[0, i], terminated[0, i] = self.rule(self.steps[i], seen, action)
-            self.steps[i] = 0 if terminated[0, i] else self.steps[i] + 1
+            rewards[i], terminated[i] = self.rule(self.steps[i], seen, action)
+            self.steps[i] = 0 if terminated[i] else self.steps[i] + 1
             # A new observation each step; at the second step of a two-step episode the probe shows -1.
-            self.observations[i] = self._begin() if self.random or terminated[0, i] else 0
-        info = {key: np.ones((1, self.landers), int) for key in LanderGroup.COUNTS}
+            self.observations[i] = self._begin() if self.random or terminated[i] else 0
+        info = {"env_frames": np.ones(self.num_envs, int), "episode": {"return_mean": np.ones(self.num_envs)}}
         return self.frames(), rewards, terminated, np.zeros_like(terminated), info
 
 
@@ -180,12 +231,15 @@ class TinyPolicy(nn.Module):
         self.actor, self.critic = nn.Linear(32, 2), nn.Linear(32, 1)
         nn.init.zeros_(self.actor.weight)
 
-    def look(self, frames):
+    def preprocess(self, frames):
         return {"frames": frames.flatten(1)}
 
-    def forward(self, seen, stacks):
-        hidden = self.hidden(seen["frames"][stacks[:, -1]].float() / 127.5 - 1)
-        return self.actor(hidden), self.critic(hidden)[:, 0]
+    def preprocess_stacks(self, stacks):
+        return self.preprocess(stacks), torch.arange(len(stacks))[:, None]
+
+    def forward(self, frame_store, frame_ids, minibatch=None):
+        hidden = self.hidden(frame_store["frames"][frame_ids[:, -1]].float() / 127.5 - 1)
+        return PolicyOutput(Categorical(self.actor(hidden)), self.critic(hidden)[:, 0])
 
 
 def learn(rule, random_observation, updates=60, policy=None, stack=1, shape=(1, 1, 1), learning_rate=1e-2, **settings):
@@ -195,16 +249,16 @@ def learn(rule, random_observation, updates=60, policy=None, stack=1, shape=(1, 
     policy = policy or TinyPolicy()
     ppo = PPO(**{"gamma": 0.5, "gae_lambda": 0.95, "num_minibatches": 4, "entropy_coef": 0.0, **settings})
     optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate)
-    frames = torch.from_numpy(envs.frames()[0])
-    rollout = Rollout.empty(8, envs.landers, stack, policy.look(frames.chunk(stack, dim=1)[-1]))
+    frames = torch.from_numpy(envs.frames())
+    rollout = rollout_for(envs, policy, frames, stack)
     for _ in range(updates):
         frames, _ = collect(envs, policy, rollout, frames, 1.0, FP32)
-        advantages, returns = compute_advantages(rollout, ppo.gamma, ppo.gae_lambda)
-        update(policy, optimizer, rollout, advantages, returns, ppo, 0.0, FP32, generator)
+        compute_advantages(rollout, ppo.gamma, ppo.gae_lambda)
+        update(policy, optimizer, rollout, ppo, 0.0, FP32, generator)
     with torch.no_grad():
         both = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, shape[0] // stack, *shape[1:])
-        logits, values = policy.eval()(policy.look(both), torch.tensor([[0] * stack, [1] * stack]))
-    return logits.softmax(-1).numpy(), values.numpy()
+        output = policy.eval()(policy.preprocess(both), torch.tensor([[0] * stack, [1] * stack]))
+    return output.distribution.probs.numpy(), output.value.numpy()
 
 
 def test_probe_constant_value():
@@ -239,7 +293,7 @@ def small_policy(name):
     torch.manual_seed(0)
     small = {"width": 32, "heads": 2, "layers": 1} if issubclass(POLICIES[name], Temporal) else {}
     options = POLICIES[name].Options(glimpse=0, mirror=False, features=32, **small)
-    return POLICIES[name](options, stack=2, planes=1, height=32, width=32, num_actions=2)
+    return make_policy(options, Spaces(frame_stack=2, planes=1, height=32, width=32, num_actions=2))
 
 
 PIXELS = {"stack": 2, "shape": (2, 32, 32), "learning_rate": 2e-3, "updates": 25}
@@ -266,12 +320,13 @@ def test_probe_value_and_discounting_from_pixels(name):
 def test_the_gradient_is_cut_to_its_largest_norm():
     torch.manual_seed(0)
     envs, policy = ProbeEnvs(lambda step, seen, action: (float(action), True), True), TinyPolicy()
-    frames = torch.from_numpy(envs.frames()[0])
-    rollout = Rollout.empty(8, envs.landers, 1, policy.look(frames))
+    frames = torch.from_numpy(envs.frames())
+    rollout = rollout_for(envs, policy, frames)
     collect(envs, policy, rollout, frames, 1.0, FP32)
     before = nn.utils.parameters_to_vector(policy.parameters()).detach().clone()
+    compute_advantages(rollout, 0.99, 0.95)
     metrics = update(
-        policy, torch.optim.SGD(policy.parameters(), lr=1.0), rollout, *compute_advantages(rollout, 0.99, 0.95),
+        policy, torch.optim.SGD(policy.parameters(), lr=1.0), rollout,
         PPO(update_epochs=1, num_minibatches=1, max_grad_norm=0.01), 0.0, FP32, torch.Generator())
     step = nn.utils.parameters_to_vector(policy.parameters()).detach() - before
     assert float(step.norm()) == pytest.approx(0.01, rel=1e-3)
@@ -282,14 +337,14 @@ def test_first_minibatch_has_ratio_one():
     """Nothing has changed since the decisions were drawn, so KL and clip fraction of the first minibatch are 0."""
     envs = ProbeEnvs(lambda step, seen, action: (float(action), True), True)
     policy = TinyPolicy()
-    frames = torch.from_numpy(envs.frames()[0])
-    rollout = Rollout.empty(8, envs.landers, 1, policy.look(frames))
+    frames = torch.from_numpy(envs.frames())
+    rollout = rollout_for(envs, policy, frames)
     collect(envs, policy, rollout, frames, 1.0, FP32)
-    advantages, returns = compute_advantages(rollout, 0.99, 0.95)
+    compute_advantages(rollout, 0.99, 0.95)
     ppo = PPO(update_epochs=1, num_minibatches=1)
     before = [p.clone() for p in policy.parameters()]
     metrics = update(
-        policy, torch.optim.Adam(policy.parameters(), lr=1e-2), rollout, advantages, returns, ppo, 0.0, FP32,
+        policy, torch.optim.Adam(policy.parameters(), lr=1e-2), rollout, ppo, 0.0, FP32,
         torch.Generator().manual_seed(0))
     assert metrics["approx_kl"] == pytest.approx(0, abs=1e-6)
     assert metrics["clip_fraction"] == 0
@@ -300,11 +355,11 @@ def changes(name, rollout, device, bf16):
     """What one minibatch of plain gradient descent changes in the policy's parameters, as one vector."""
     policy = small_policy(name).to(device)
     before = nn.utils.parameters_to_vector(policy.parameters()).detach().clone()
-    moved = {key: {k: t.to(device) for k, t in value.items()} if key == "seen" else value.to(device)
+    moved = {key: {k: t.to(device) for k, t in value.items()} if key == "frame_store" else value.to(device)
              for key, value in vars(rollout).items()}
     rollout = Rollout(**moved)
-    advantages, returns = compute_advantages(rollout, 0.99, 0.95)
-    update(policy, torch.optim.SGD(policy.parameters(), lr=1.0), rollout, advantages, returns,
+    compute_advantages(rollout, 0.99, 0.95)
+    update(policy, torch.optim.SGD(policy.parameters(), lr=1.0), rollout,
            PPO(update_epochs=1, num_minibatches=1), 0.01, torch.autocast(device, torch.bfloat16, enabled=bf16),
            torch.Generator().manual_seed(0))
     return (nn.utils.parameters_to_vector(policy.parameters()).detach() - before).cpu()
@@ -314,8 +369,8 @@ def changes(name, rollout, device, bf16):
 def test_an_update_is_the_same_in_every_precision_and_on_every_device(name):
     policy, envs = small_policy(name), ProbeEnvs(
         lambda step, seen, action: (float(action) * seen, True), True, shape=(2, 32, 32))
-    frames = torch.from_numpy(envs.frames()[0])
-    rollout = Rollout.empty(8, envs.landers, 2, policy.look(frames.chunk(2, dim=1)[-1]))
+    frames = torch.from_numpy(envs.frames())
+    rollout = rollout_for(envs, policy, frames, stack=2)
     collect(envs, policy, rollout, frames, 1.0, FP32)
     exact = changes(name, rollout, "cpu", bf16=False)
     assert exact.norm() > 0.01
@@ -327,10 +382,10 @@ def test_an_update_is_the_same_in_every_precision_and_on_every_device(name):
 
 def test_target_kl_ends_an_update_early():
     envs, policy = ProbeEnvs(lambda step, seen, action: (float(action), True), True), TinyPolicy()
-    frames = torch.from_numpy(envs.frames()[0])
-    rollout = Rollout.empty(8, envs.landers, 1, policy.look(frames))
+    frames = torch.from_numpy(envs.frames())
+    rollout = rollout_for(envs, policy, frames)
     collect(envs, policy, rollout, frames, 1.0, FP32)
-    advantages, returns = compute_advantages(rollout, 0.99, 0.95)
+    compute_advantages(rollout, 0.99, 0.95)
 
     class Counting(torch.optim.SGD):
         steps = 0
@@ -343,7 +398,7 @@ def test_target_kl_ends_an_update_early():
         optimizer = Counting(policy.parameters(), lr=0.0)
         ppo = PPO(update_epochs=3, num_minibatches=4, **settings)
         batch = Rollout(**{**vars(rollout), "log_probs": rollout.log_probs - 1})  # KL of e - 2 from the start
-        update(policy, optimizer, batch, advantages, returns, ppo, 0.0, FP32, torch.Generator().manual_seed(0))
+        update(policy, optimizer, batch, ppo, 0.0, FP32, torch.Generator().manual_seed(0))
         return optimizer.steps
 
     assert steps() == 12
@@ -351,10 +406,10 @@ def test_target_kl_ends_an_update_early():
 
 
 def test_nan_stops_before_the_optimizer_step():
-    policy, rollout = TinyPolicy(), Rollout.empty(4, 2, 1, {"frames": torch.zeros(1, 1, dtype=torch.uint8)})
+    policy, rollout = TinyPolicy(), empty_rollout(4, 2)
     before = [p.clone() for p in policy.parameters()]
-    advantages = torch.full((4, 2), float("nan"))
+    rollout.advantages[:] = float("nan")
     with pytest.raises(FloatingPointError, match="loss nan"):
-        update(policy, torch.optim.Adam(policy.parameters()), rollout, advantages, torch.zeros(4, 2),
-               Config().ppo.model_copy(update={"num_minibatches": 1}), 0.0, FP32, torch.Generator())
+        update(policy, torch.optim.Adam(policy.parameters()), rollout, PPO(num_minibatches=1), 0.0, FP32,
+               torch.Generator())
     assert all(torch.equal(p, q) for p, q in zip(before, policy.parameters(), strict=True))

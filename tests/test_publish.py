@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import publish
-from checkpoint import load_policy, save_checkpoint
-from config import load_config
-from envs import EVALUATION_SEED
 from evaluate import confidence_interval, play
+from machinery import publish
+from machinery.checkpoint import load_policy, save_checkpoint
+from machinery.config import load_config
+from task import EVALUATION_SEED
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted(path.parent for path in (ROOT / "results").glob("*/report.json"))

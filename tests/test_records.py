@@ -1,14 +1,20 @@
 """Records of a run whatever happens to them: metrics.csv, MLflow's store, the streams that messages go to."""
 
-import inspect
 import os
+import sqlite3
+import subprocess
+import threading
+import time
 
 import mlflow
 import pytest
 
-from config import load_config
-from runs import no_room
-from tracking import Metrics, Outlet, Tracker, TrackingError, machine_tags
+from machinery import tracking
+from machinery.config import load_config
+from machinery.errors import UserError
+from machinery.terminal import Outlet
+from machinery.tracking import Metrics, Queue, Tracker, TrackingError, connect, git_commit, machine_tags, masked
+from runs import ROOT, no_room
 
 HEADER = "frames,update/entropy\n"
 
@@ -18,12 +24,33 @@ def test_rows_that_a_full_disk_refused_are_written_later(tmp_path):
     metrics.append({"frames": 1, "update/entropy": 0.5})
     with no_room():
         for frames in (2, 3):
-            with pytest.raises(OSError, match="File too large"):
+            with pytest.raises(OSError, match=r"File too large: .*metrics\.csv"):
                 metrics.append({"frames": frames, "update/entropy": 0.5})
         assert metrics.path.read_text() == HEADER + "1,0.5\n"
     metrics.flush()
     assert metrics.path.read_text() == HEADER + "1,0.5\n2,0.5\n3,0.5\n"
-    assert metrics.waiting == []
+    assert metrics.queue.rows == []
+
+
+def test_row_leaves_memory_once_the_disk_and_mlflow_have_it(tmp_path):
+    queue = Queue("disk", "MLflow")
+    metrics = Metrics(tmp_path / "metrics.csv", queue)
+    for frames in (1, 2):
+        metrics.append({"frames": frames, "update/entropy": 0.5})
+    with no_room(), pytest.raises(OSError, match="File too large"):
+        metrics.append({"frames": 3, "update/entropy": 0.5})
+
+    def waiting(taker):
+        return [row["frames"] for _, row in queue.waiting(taker)]
+
+    assert (waiting("disk"), waiting("MLflow"), len(queue.rows)) == ([3], [1, 2, 3], 3)
+    queue.took("MLflow", 1)
+    assert (waiting("disk"), waiting("MLflow"), len(queue.rows)) == ([3], [2, 3], 2)
+    queue.took("MLflow", 2)
+    assert (waiting("disk"), waiting("MLflow"), len(queue.rows)) == ([3], [], 1)
+    metrics.append({"frames": 4, "update/entropy": 0.5})
+    assert (waiting("disk"), waiting("MLflow"), len(queue.rows)) == ([], [4], 1)
+    assert metrics.path.read_text() == HEADER + "1,0.5\n2,0.5\n3,0.5\n4,0.5\n"
 
 
 def test_header_that_a_full_disk_refused(tmp_path):
@@ -77,24 +104,111 @@ def test_a_machine_without_git_trains_too(monkeypatch):
     assert machine_tags(2)["git_commit"] == "unknown"
 
 
+def commit(folder):
+    folder.mkdir()
+    (folder / "file").write_text(folder.name)
+    me = ["-c", "user.name=x", "-c", "user.email=x"]
+    for words in (["init", "-q"], ["add", "file"], [*me, "commit", "-q", "-m", "x"]):
+        subprocess.run(["git", "-C", folder, *words], check=True)
+    short = subprocess.run(["git", "-C", folder, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return short.stdout.strip()
+
+
+def test_commit_is_our_own_or_unknown(tmp_path, monkeypatch):
+    ours, other = tmp_path / "our own", tmp_path / "other"
+    expected, tags = commit(ours), machine_tags(1)
+    assert expected != commit(other)
+    installed = other / "site-packages"  # the code copied into another repository
+    installed.mkdir()
+    for _ in range(2):
+        assert git_commit(ours) == expected
+        assert git_commit(installed) == git_commit(tmp_path / "absent") == "unknown"
+        assert machine_tags(1) == tags
+        monkeypatch.chdir(other)  # now as in a hook of another repository
+        monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+        monkeypatch.setenv("GIT_WORK_TREE", str(other))
+        monkeypatch.setenv("GIT_INDEX_FILE", str(other / ".git" / "index"))
+    (ours / "file").write_text("changed")
+    assert git_commit(ours) == f"{expected}-dirty"
+    assert ROOT.resolve() == tracking.ROOT
+
+
 def settings(uri):
     return load_config(None, [f"tracking.uri={uri}"])
 
 
-@pytest.mark.parametrize("uri", [
-    "sqlite:///{}/text.db", "sqlite:///{}/folder.db", "sqlite:///file:{}/absent.db?mode=ro&uri=true", "foo://bar"])
-def test_store_that_cannot_be_used_is_one_line(uri, tmp_path):
+@pytest.mark.parametrize(("uri", "cause"), [
+    ("sqlite:///{}/text.db", "file is not a database"),
+    ("sqlite:///{}/folder.db", r".*/folder\.db is a folder"),
+    ("sqlite:///{}/text.db/new.db", ".*(Not a directory|File exists)"),
+    ("sqlite:///file:{}/absent.db?mode=ro&uri=true", "unable to open database file"),
+    ("sqlite:///file:{}/good.db?mode=ro&uri=true", "attempt to write a readonly database"),
+    ("sqlite:////proc/new.db", "unable to open database file"),
+    ("postgresql+no_such_driver://127.0.0.1:9/x", ".*no_such_driver"),
+    ("foo://bar", ".*foo"),
+    ("http://me:secret@127.0.0.1:9", ".*refused"),
+])
+def test_store_that_cannot_be_used_is_one_line(uri, cause, tmp_path):
+    """It names the cause, within seconds, and no password."""
     (tmp_path / "text.db").write_text(100 * "this is no database, ")
     (tmp_path / "folder.db").mkdir()
-    with pytest.raises(TrackingError, match=r"cannot be used: .*tracking\.mlflow=false trains without it") as error:
+    sqlite3.connect(tmp_path / "good.db").execute("CREATE TABLE x (y)")
+    start = time.monotonic()
+    with pytest.raises(
+            TrackingError, match=rf"cannot be used: {cause}.*tracking\.mlflow=false trains without it") as error:
         Tracker(settings(uri.format(tmp_path)), tmp_path, threads=1)
+    assert time.monotonic() - start < 30  # a limit for what is tried again and again, not for what is slow
     assert "\n" not in str(error.value)
+    assert "secret" not in str(error.value)
+    assert isinstance(error.value, UserError)
 
 
-def test_mlflow_still_lets_us_say_how_often_it_tries_a_database():
-    from mlflow.store.db import utils
+def test_store_that_does_not_answer_is_given_up(tmp_path, monkeypatch):
+    hanging = threading.Event()
+    monkeypatch.setattr(mlflow, "set_experiment", lambda name: hanging.wait(60))
+    monkeypatch.setattr(tracking, "PATIENCE", 0.5)
+    start = time.monotonic()
+    with pytest.raises(TrackingError, match=r"MLflow store .*mlflow\.db cannot be used: no answer within 0\.5 s"):
+        connect(settings(f"sqlite:///{tmp_path}/mlflow.db").tracking, tmp_path)
+    assert time.monotonic() - start < 20
+    hanging.set()
 
-    assert "MAX_RETRY_COUNT" in inspect.getsource(utils.create_sqlalchemy_engine_with_retry)
+
+def test_store_that_another_process_holds_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "PATIENCE", 3)
+    holder = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(TrackingError, match="cannot be used: database is locked;"):
+        connect(settings(f"sqlite:///{tmp_path}/mlflow.db").tracking, tmp_path)
+    holder.close()
+
+
+def test_store_in_a_folder_still_to_be_made(tmp_path):
+    with Tracker(settings(f"sqlite:///{tmp_path}/a/b/mlflow.db"), tmp_path, threads=1):
+        pass
+    assert (tmp_path / "a" / "b" / "mlflow.db").exists()
+
+
+@pytest.mark.parametrize(("uri", "shown"), [
+    ("http://127.0.0.1:5000/x", "http://127.0.0.1:5000/x"),
+    ("sqlite:////home/me@work/mlflow.db", "sqlite:////home/me@work/mlflow.db"),
+    ("https://me:se@cr/et word@host:5000", "https://***@host:5000"),
+    ("https://token@host", "https://***@host"),
+    ("postgresql://host/db?user=me&password=secret&x=y", "postgresql://host/db?user=me&password=***&x=y"),
+])
+def test_credentials_in_a_uri_are_masked(uri, shown):
+    assert masked(uri) == shown
+
+
+def test_no_password_reaches_the_store(tmp_path, monkeypatch):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    opened = connect(settings(uri).tracking, tmp_path)
+    monkeypatch.setattr(tracking, "connect", lambda *_: opened)
+    with Tracker(settings("http://me:secret@host"), tmp_path, threads=1) as tracker:
+        pass
+    found = mlflow.MlflowClient(uri).get_run(tracker.run_id)
+    assert found.data.params["tracking.uri"] == "http://***@host"
+    assert "secret" not in str(found.to_dictionary())
 
 
 def test_what_mlflow_lacks_is_sent_when_the_run_goes_on(tmp_path, capsys):
@@ -114,6 +228,9 @@ def test_what_mlflow_lacks_is_sent_when_the_run_goes_on(tmp_path, capsys):
             run_id = tracker.run_id
             assert f"MLflow lacked {lacking} updates" in capsys.readouterr().out or not lacking
             if not lacking:
-                tracker.log({"update/entropy": frames / 2}, frames)
+                for again in (2, 3):  # the killed run sent 2, and its checkpoint was older
+                    tracker.log({"update/entropy": again / 2, "update/absent": float("nan")}, again)
         assert steps(run_id) == list(range(1, frames + 1))
     assert client.get_run(run_id).info.status == "FINISHED"
+    assert len(metrics.rows()) == 4
+    assert "update/absent" not in client.get_run(run_id).data.metrics

@@ -8,11 +8,13 @@ from contextlib import ExitStack
 
 import pytest
 
-from checkpoint import CheckpointError, build_policy, policy_bytes, save_checkpoint
-from config import Config, ConfigError, load_config
-from run_folder import is_finished, locked, new_folder, start_run
+from machinery.checkpoint import CheckpointError, build_policy, policy_bytes, save_checkpoint
+from machinery.config import Config, ConfigError, load_config
+from machinery.errors import UserError
+from machinery.files import locked
+from machinery.run_folder import is_finished, new_folder, start_run
+from machinery.signals import Interrupted, SignalWatch
 from runs import ROOT, no_room
-from signals import Interrupted, SignalWatch
 from train import main
 
 
@@ -168,15 +170,16 @@ def test_config_of_a_checkpoint_that_is_no_longer_valid(run):
 
 
 def test_one_process_per_run_and_none_after_a_kill(run):
-    code = "import time; from run_folder import locked\nwith locked('runs/x'): print(1, flush=True); time.sleep(600)"
+    code = ("import time\nfrom machinery.files import locked\n"
+            "with locked('runs/x'): print(1, flush=True); time.sleep(600)")
     holder = subprocess.Popen([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + code],
                               stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "1\n"
     before = (run / "metrics.csv").read_text()
     for path in ("latest", "runs/x", "runs/x/checkpoints/000000000100.ckpt"):
-        with pytest.raises(ConfigError, match="runs/x: another process is at this run"):
+        with pytest.raises(UserError, match="runs/x: another process is at this run"):
             resume(path)
-    with pytest.raises(ConfigError, match="runs/x: another process is at this run"):
+    with pytest.raises(UserError, match="runs/x: another process is at this run"):
         begin("x")
     assert (run / "metrics.csv").read_text() == before
     holder.kill()
@@ -220,7 +223,7 @@ def test_a_closed_terminal_ends_a_run_in_order():
 
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
     watch = SignalWatch()
-    watch.patient = True
+    watch.deferred = True
     signal.raise_signal(signal.SIGHUP)
     watch.check()
     signal.raise_signal(signal.SIGTERM)
@@ -232,12 +235,12 @@ def test_a_signal_that_comes_while_processes_tell_each_other_is_not_lost():
     class Others:
         size = 2
 
-        def gather(self, received):
+        def all_gather_object(self, received):
             signal.raise_signal(signal.SIGTERM)  # between asking and answering
             return [received, None]
 
     watch = SignalWatch(Others())
-    watch.patient = True
+    watch.deferred = True
     watch.check_all()  # the other process has not heard of it, and would wait for this one
     with pytest.raises(Interrupted, match="SIGTERM"):
         watch.check_all()
@@ -245,5 +248,5 @@ def test_a_signal_that_comes_while_processes_tell_each_other_is_not_lost():
 
 def test_lock_ends_with_its_block(tmp_path):
     for _ in range(2):
-        with locked(tmp_path), pytest.raises(ConfigError, match="another process"), locked(tmp_path):
+        with locked(tmp_path), pytest.raises(UserError, match="another process"), locked(tmp_path):
             pass

@@ -11,11 +11,11 @@ import psutil
 import pytest
 
 import sweep
-from checkpoint import save_checkpoint, save_config
+from machinery.checkpoint import save_checkpoint, save_config
+from machinery.run_folder import resume_config
+from machinery.tracking import Metrics
 from plot import NEEDED, reached
-from run_folder import resume_config
 from runs import CONFIG, ROOT, TINY, rows, wait_for_rows
-from tracking import Metrics
 
 SWEEP = [sys.executable, ROOT / "sweep.py", "--config", CONFIG, "--name", "s", "--jobs", "2"]
 SETTINGS = [*TINY, "ppo.num_steps=16", "env.num_workers=1", "evaluation.episodes=1", "evaluation.videos=0"]

@@ -12,18 +12,19 @@ import time
 
 import imageio_ffmpeg
 import numpy as np
+import psutil
+import pytest
 import torch
 
 import train
-from checkpoint import load_checkpoint
-from config import load_config
-from runs import CONFIG, ROOT, TINY, only_run, rows, without_speed
-from tracking import Sender
+from machinery.checkpoint import load_checkpoint
+from machinery.tracking import Load, Queue, Sender
+from runs import BARE, CONFIG, ROOT, TINY, begun, only_run, rows, without_speed
 
 SHOWN = """
 import sys
 sys.path.insert(0, {root!r})
-from tracking import Progress
+from machinery.terminal import Progress
 progress = Progress(2_000_000, 0, seconds=20, silent={silent})
 for i in range(1, 251):
     progress.show(8_000 * i, {{
@@ -86,12 +87,15 @@ def test_quiet_is_quiet_but_for_what_is_out_of_order():
 
 
 class Store:
-    """An MLflow client whose artifacts cannot be written for a while."""
+    """An MLflow client that takes no metrics and no artifacts for a while."""
 
-    def __init__(self, broken):
-        self.broken, self.metrics, self.files = broken, [], []
+    def __init__(self, broken=0, no_metrics=0):
+        self.broken, self.no_metrics, self.metrics, self.files = broken, no_metrics, [], []
 
     def log_batch(self, run_id, metrics):
+        if self.no_metrics:
+            self.no_metrics -= 1
+            raise ConnectionError("API request to http://me:secret@host failed\nlong story")
         self.metrics += metrics
 
     def log_artifact(self, run_id, path, folder):
@@ -100,43 +104,117 @@ class Store:
             raise PermissionError(13, "Permission denied")
         self.files.append((path, folder))
 
+    def sent(self):
+        return [(m.key, m.value, m.step) for m in self.metrics if not m.key.startswith("system/")]
 
-def test_files_that_the_store_refuses_wait_and_hold_up_no_metrics(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+
+def sender_of(store, *rows, there=()):
+    queue = Queue("MLflow")
+    for row in rows:
+        queue.put(row)
+    return Sender(store, "id", queue, there, interval=0.02)
+
+
+def told(capsys):
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("MLflow")]
+
+
+def test_files_that_the_store_refuses_wait_and_hold_up_no_metrics(tmp_path, capsys):
     store = Store(broken=3)
-    sender = Sender(store, "id", interval=0.02)
+    sender = sender_of(store, {"frames": 1, "a": 0.5}, {"frames": 2, "b": 0.25, "c": float("nan")})
     picture = tmp_path / "curves.png"
     picture.write_bytes(b"x")
     sender.files += [(picture, None), (tmp_path / "gone.png", None), (picture, "more")]
-    sender.waiting += [["a"], ["b"]]
     sender.start()
     assert sender.close() == (0, 0)
-    assert store.metrics == ["a", "b"]
+    assert store.sent() == [("a", 0.5, 1), ("b", 0.25, 2)]
     assert store.files == [(str(picture), None), (str(picture), "more")]
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("MLflow")]
-    assert told == ["MLflow: curves.png: [Errno 13] Permission denied; training goes on"]
+    assert told(capsys) == ["MLflow: curves.png: [Errno 13] Permission denied; training goes on"]
 
 
-def test_files_that_never_get_through_are_counted(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    sender = Sender(Store(broken=1000), "id", interval=0.02)
+def test_files_that_never_get_through_are_counted():
+    sender = sender_of(Store(broken=1000))
     sender.files.append((ROOT / "README.md", None))
     sender.start()
     assert sender.close(patience=0.2) == (0, 1)
+    sender.join(10)
+    assert not sender.is_alive()
 
 
-def test_the_load_of_the_machine_is_read_beside_training(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    sender = Sender(Store(broken=0), "id", interval=0.02)
+def test_metrics_that_the_store_refuses_are_sent_later_in_their_order(capsys):
+    store = Store(no_metrics=2)
+    sender = sender_of(store, *({"frames": i, "a": i / 2} for i in range(60)), there={7, 30})
     sender.start()
+    assert sender.close() == (0, 0)
+    assert store.sent() == [("a", i / 2, i) for i in range(60) if i not in (7, 30)]
+    assert sender.queue.rows == []
+    assert told(capsys) == [
+        "MLflow: API request to http://***@host failed; training goes on, and metrics are kept to be sent later",
+        "MLflow answers again; the kept metrics are sent"]
+
+
+def test_metrics_that_never_get_through_are_counted():
+    sender = sender_of(Store(no_metrics=1000), {"frames": 1, "a": 0.5}, {"frames": 2, "a": 0.5})
+    sender.start()
+    assert sender.close(patience=0.2) == (2, 0)
+
+
+LOAD = {f"system/{name}" for name in (
+    "cpu_utilization_percentage", "system_memory_usage_megabytes", "system_memory_usage_percentage",
+    "disk_usage_megabytes", "disk_usage_percentage", "disk_available_megabytes", "network_receive_megabytes",
+    "network_transmit_megabytes")}
+
+
+def wait_for_metrics(sender, store, row):
     deadline = time.monotonic() + 60
-    while not sender.load:
+    while not store.metrics:
+        sender.queue.put(row)
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    load = sender.load
-    sender.close()
+    assert sender.close()[0] == 0
+
+
+def test_the_load_of_the_machine_is_sent_with_the_newest_row():
+    store = Store()
+    sender = sender_of(store)
+    sender.start()
+    wait_for_metrics(sender, store, {"frames": 8, "a": 0.5})
+    load = {metric.key: metric.value for metric in store.metrics if metric.key.startswith("system/")}
+    assert load.keys() == LOAD
+    assert {metric.step for metric in store.metrics} == {8}
     assert 0 <= load["system/cpu_utilization_percentage"] <= 100
     assert load["system/system_memory_usage_megabytes"] > 0
+    assert load["system/disk_available_megabytes"] > 0
+    assert 0 <= load["system/network_receive_megabytes"] < 1e5  # since the start of the run, not of the machine
+
+
+def test_a_machine_whose_load_cannot_be_read_trains_all_the_same(monkeypatch):
+    def fail(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(psutil, "virtual_memory", fail)
+    store = Store()
+    sender = sender_of(store)
+    sender.start()
+    wait_for_metrics(sender, store, {"frames": 8, "a": 0.5})
+    assert set(store.sent()) == {("a", 0.5, 8)}
+    assert len(store.sent()) == len(store.metrics)
+
+
+@pytest.mark.parametrize("utilization", [True, False])
+def test_only_the_gpus_that_the_run_uses_are_asked(utilization, monkeypatch):
+    def percent(gpu):
+        if not utilization:
+            raise ModuleNotFoundError("pynvml")
+        return 73
+
+    for name, answer in {
+            "is_initialized": lambda: True, "device_count": lambda: 2, "memory_reserved": lambda gpu: 5 * gpu,
+            "mem_get_info": lambda gpu: {1: (3 * 10**9, 4 * 10**9)}[gpu], "utilization": percent}.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    load = {key: value for key, value in Load().read().items() if key not in LOAD}
+    assert load == {"system/gpu_1_memory_usage_megabytes": 1000, "system/gpu_1_memory_usage_percentage": 25} | (
+        {"system/gpu_1_utilization_percentage": 73} if utilization else {})
 
 
 PLAYED = np.array([-100.0]), np.array([80]), np.array([1])  # returns, lengths, outcomes
@@ -145,7 +223,7 @@ MILESTONES = {"first-landing": ("rollout/return_mean", -1e9), "return-100": ("ro
 
 def test_milestones_and_curves_reach_mlflow_and_change_no_number(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "MILESTONES", MILESTONES)
+    monkeypatch.setattr("machinery.run.MILESTONES", MILESTONES)
     settings = ["--config", str(CONFIG), *TINY, "evaluation.episodes=0"]
     train.main([*settings, "run.name=filmed"])
     assert "M frames" in capsys.readouterr().out
@@ -164,27 +242,19 @@ def test_milestones_and_curves_reach_mlflow_and_change_no_number(tmp_path, monke
 
 
 def test_a_milestone_is_filmed_once_also_after_a_resume_and_draws_no_random_number(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "MILESTONES", MILESTONES)
-    config = load_config(CONFIG, TINY)
-    trainer = train.Trainer(config, tmp_path)
-    try:
-        (tmp_path / "checkpoints").mkdir()
-        metrics, before = trainer.update_once(), trainer.snapshot()
-        assert [path.exists() for path in trainer.film_milestones(metrics)] == [True]
-        after = trainer.snapshot()
+    monkeypatch.setattr("machinery.run.MILESTONES", MILESTONES)
+    with begun(tmp_path, [*TINY, *BARE]) as run:
+        metrics, before = run.attempt(run.trainer), run.snapshot()
+        assert [path.exists() for path in run.film_milestones(metrics)] == [True]
+        after = run.boundary = run.snapshot()
         assert before["counters"]["milestones"] == []
         assert after["counters"]["milestones"] == ["first-landing"]
         assert torch.equal(before["generator"], after["generator"])
         assert torch.equal(before["torch_rng"], after["torch_rng"])
-        assert trainer.film_milestones(metrics) == []
-        trainer.save(after)
-    finally:
-        trainer.close()
-    resumed = train.Trainer(config, tmp_path, load_checkpoint(tmp_path))
-    try:
-        assert resumed.film_milestones(metrics) == []
-    finally:
-        resumed.close()
+        assert run.film_milestones(metrics) == []
+        run.save()
+        run.take_up(load_checkpoint(run.folder))
+        assert run.film_milestones(metrics) == []
 
 
 def test_trouble_is_told_while_training_goes_on(tmp_path, monkeypatch, capsys):
@@ -194,8 +264,8 @@ def test_trouble_is_told_while_training_goes_on(tmp_path, monkeypatch, capsys):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "play", lambda *arguments, **named: fail() if "recorder" in named else PLAYED)
-    monkeypatch.setattr(train, "MILESTONES", MILESTONES)
-    monkeypatch.setattr("diagnostics.LONG", 3)
+    monkeypatch.setattr("machinery.run.MILESTONES", MILESTONES)
+    monkeypatch.setattr("machinery.diagnostics.LONG", 3)
     train.main(["--config", str(CONFIG), *TINY, "evaluation.episodes=0", "tracking.mlflow=false", "run.name=x",
                 "ppo.learning_rate=1e-9", "ppo.anneal=false"])
     output = capsys.readouterr().out

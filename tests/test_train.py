@@ -12,12 +12,14 @@ import psutil
 import pytest
 import torch
 
-from checkpoint import load_checkpoint
-from config import load_config
+from machinery.checkpoint import load_checkpoint
+from machinery.config import load_config
 from runs import (
+    BARE,
     CONFIG,
     ROOT,
     TINY,
+    begun,
     go,
     only_run,
     rows,
@@ -175,13 +177,13 @@ def test_learning_shows_in_a_minute(tmp_path):
 
 def test_the_late_stage_begins_with_a_hundred_good_episodes_and_stays(tmp_path):
     config = load_config(CONFIG, [*TINY, "ppo.late_return=180", "ppo.late_learning_rate=0.5", "ppo.anneal=false"])
-    trainer = Trainer(config, tmp_path)
+    trainer = Trainer(config)
     try:
         seen = []
         for good, episodes in ((250, 90), (-500, 100), (250, 100), (-500, 100), (-500, 100)):
             trainer.recent.clear()
-            trainer.recent.extend([(good, 100, 0)] * episodes)
-            seen.append(trainer.update_once()["schedule/learning_rate"])
+            trainer.recent.extend([{"return_mean": good, "length_mean": 100, "landed_rate": 1.0}] * episodes)
+            seen.append(trainer.iterate()["schedule/learning_rate"])
     finally:
         trainer.close()
     usual = config.ppo.learning_rate
@@ -190,27 +192,23 @@ def test_the_late_stage_begins_with_a_hundred_good_episodes_and_stays(tmp_path):
 
 def test_a_run_that_goes_on_is_scored_as_often_as_it_now_says(tmp_path, monkeypatch):
     """After the score at the end of training, and with another evaluation.interval."""
-    monkeypatch.setattr("train.play", lambda *_: (np.zeros(1), None, np.zeros(1)))
-    (tmp_path / "checkpoints").mkdir()
-    trainer = Trainer(load_config(CONFIG, [*TINY, "evaluation.interval=1000", "ppo.total_frames=1500"]), tmp_path)
-    try:
+    monkeypatch.setattr("runs.play", lambda *_: (np.zeros(1), None, np.zeros(1)))
+    with begun(tmp_path, [*TINY, *BARE, "evaluation.interval=1000", "ppo.total_frames=1500"]) as run:
         for frames, following in ((900, 1000), (1010, 2000), (1500, 2000)):
-            trainer.counters["env_frames"] = frames
-            trainer.select({})
-            assert trainer.counters["next_evaluation"] == following
-        state = trainer.snapshot() | trainer._learned()
-    finally:
-        trainer.close()
+            run.trainer.counters["env_frames"] = frames
+            run.select({})
+            assert run.counters["next_evaluation"] == following
+        state = run.snapshot()
     for interval, following in ((1000, 2000), (100, 1600)):
-        resumed = Trainer(load_config(CONFIG, [*TINY, f"evaluation.interval={interval}"]), tmp_path, state)
-        resumed.close()
-        assert resumed.counters["next_evaluation"] == following
+        run.config = load_config(CONFIG, [*TINY, f"evaluation.interval={interval}"])
+        run.take_up(state)
+        assert run.counters["next_evaluation"] == following
 
 
 def test_freed_memory_is_kept_for_the_next_minibatch():
     faults = """
 import resource, torch
-from train import keep_freed_memory
+from machinery.device import keep_freed_memory
 torch.set_num_threads(1)
 keep_freed_memory()
 def minibatch():

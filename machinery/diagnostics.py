@@ -3,21 +3,21 @@
     diagnostics = Diagnostics(config)
     for sentence in diagnostics.watch(metrics): print(sentence)     # metrics: as logged, once per update
 
-Each is said once. The bands are those of plot.py; a run that learns leaves them, too, for a few updates, so what is
-told is what lasts. tests/test_diagnostics.py makes each happen, and holds all of them silent on the runs in results/.
+Each is said once, and only if it lasts: a run that learns leaves the bands for a few updates, too.
+tests/test_diagnostics.py makes each happen, and holds all of them silent on the runs in results/.
 """
 
 import math
 from collections import Counter
 
-from envs import NUM_ACTIONS
-from plot import CLIP_FRACTION_BAND, KL_BAND, SOLVED
+from task import ACTIONS, SOLVED, TIME_LIMIT
 
+# Rules of thumb, which plot.py draws, too; the README says what they are good for.
+CLIP_FRACTION_BAND, KL_BAND = (0.1, 0.2), (0.0, 0.3)
 LONG = 15  # updates in a row
-EPISODE_LIMIT = 1000  # physics steps, gymnasium's time limit
 HIGH_CLIP = 1.5 * CLIP_FRACTION_BAND[1]  # a healthy run is just above the band while it learns fastest
 LOW_CLIP = 0.2 * CLIP_FRACTION_BAND[0]  # and below it as it converges
-LOW_ENTROPY = 0.15 * math.log(NUM_ACTIONS)  # nats; all actions alike likely: log(4)
+LOW_ENTROPY = 0.15 * math.log(len(ACTIONS))  # nats; all actions alike likely: log(4)
 
 
 class Diagnostics:
@@ -44,7 +44,7 @@ class Diagnostics:
             "high clip fraction": (
                 clip > HIGH_CLIP,
                 f"clip fraction is {clip:.2f}, above its band of {CLIP_FRACTION_BAND[0]} to {CLIP_FRACTION_BAND[1]}: "
-                "decisions that have moved that far teach nothing more. Lower "
+                "a decision outside the clip range gives no gradient any more. Lower "
                 f"ppo.learning_rate={ppo.learning_rate:g} or ppo.update_epochs={ppo.update_epochs}, or use larger "
                 "minibatches with a smaller "
                 f"ppo.num_minibatches={ppo.num_minibatches}"),
@@ -71,8 +71,8 @@ class Diagnostics:
                 f"ppo.reward_scale={ppo.reward_scale:g} to where returns are about 1, or lower "
                 f"ppo.learning_rate={ppo.learning_rate:g}"),
             "time-outs": (
-                metrics["rollout/length_mean"] > 0.9 * EPISODE_LIMIT,
-                f"episodes last {metrics['rollout/length_mean']:.0f} of at most {EPISODE_LIMIT} steps, so nearly all "
+                metrics["rollout/length_mean"] > 0.9 * TIME_LIMIT,
+                f"episodes last {metrics['rollout/length_mean']:.0f} of at most {TIME_LIMIT} steps, so nearly all "
                 f"time out: the policy hovers rather than lands. Raise ppo.gamma={ppo.gamma:g}, so that it sees the "
                 f"reward for landing from afar, ppo.entropy_coef={ppo.entropy_coef:g}, so that it finds it, or "
                 f"env.frame_skip={env.frame_skip}, which brings it nearer"),

@@ -3,40 +3,36 @@
     config = load_config("configs/cnn.yaml", ["ppo.learning_rate=5e-4", "env.num_envs=16"])
 
 Every setting is declared once, below or as a policy's Options in models.py, with its type, range, default and one line
-of doc; a YAML file holds only what differs. `python config.py` prints them all.
+of doc; a YAML file holds only what differs. `python -m machinery.config` prints them all.
 """
 
 import difflib
 import json
 import math
-import re
 import signal
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from machinery.errors import UserError
 from models import POLICIES, Strict
+from task import VIEWPORT
 
-VIEWPORT = (400, 600)  # pixels: height, width of the rendered frame
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 
 
-CROSS_CHECKS = ("num_envs", "num_minibatches", "segment_length", "glimpse", "mirror", "model")  # they name their keys
+class ConfigError(UserError):
+    """A mistake in a config: where it is, and what is allowed."""
+
+    def __init__(self, message):
+        super().__init__(" ".join(map(str.strip, message.splitlines())))  # a key or an override may hold line breaks
 
 
-class ConfigError(Exception):
-    """A user's mistake in a config; the message is one line that says where and what is allowed."""
-
-
-class Section(Strict):
-    model_config = ConfigDict(allow_inf_nan=False, coerce_numbers_to_str=True)
-
-
-class Run(Section):
+class Run(Strict):
     seed: int = Field(1, ge=0, lt=2**31, description="seeds weights, action sampling, minibatches and landers")
     name: str = Field(
         "", pattern=r"^([\w-][\w.-]*)?$", max_length=100,
@@ -47,7 +43,7 @@ class Run(Section):
     bf16: bool | None = Field(None, description="bfloat16 autocast in the network; null: where hardware computes it")
 
 
-class Env(Section):
+class Env(Strict):
     num_envs: Positive = Field(32, le=4096, description="landers played at once")
     num_workers: Positive = Field(2, description="processes that play them; divides num_envs")
     frame_skip: int = Field(4, ge=1, le=50, description="physics steps (1/50 s) per decision")
@@ -69,12 +65,16 @@ class Env(Section):
         if self.num_envs % self.num_workers:
             allowed = _nearest_multiples(self.num_envs, self.num_workers)
             raise PydanticCustomError(
-                "num_envs", f"env.num_envs={self.num_envs} must be a multiple of env.num_workers={self.num_workers}; "
+                "conflict", f"env.num_envs={self.num_envs} must be a multiple of env.num_workers={self.num_workers}; "
                 f"nearest: {allowed}")
         return self
 
+    def frame_settings(self):
+        """The settings that decide which frames a policy sees."""
+        return self.model_dump(include={"frame_skip", "frame_stack", "shrink_factor", "color"})
 
-class PPO(Section):
+
+class PPO(Strict):
     total_frames: Positive = Field(1_500_000, description="environment frames, that is physics steps, to train for")
     num_steps: Positive = Field(64, le=65_536, description="decisions per lander and rollout")
     learning_rate: float = Field(1e-3, gt=0, le=1, description="Adam's step size at the start")
@@ -100,7 +100,7 @@ class PPO(Section):
     late_entropy: float = Field(0.0, ge=0, le=1, description="late stage: entropy bonus times this")
 
 
-class Evaluation(Section):
+class Evaluation(Strict):
     interval: Positive = Field(250_000, description="frames between greedy scores that choose the best checkpoint")
     selection_episodes: Positive = Field(
         40, le=100_000, description="episodes of such a score, on seeds never trained on")
@@ -109,7 +109,7 @@ class Evaluation(Section):
     videos: int = Field(3, ge=0, description="landing videos recorded at the end")
 
 
-class Tracking(Section):
+class Tracking(Strict):
     mlflow: bool = Field(True, description="log to MLflow; metrics.csv is written in any case")
     uri: str = Field("sqlite:///mlflow.db", description="MLflow store; the default is what a bare `mlflow ui` opens")
     experiment: str = Field("lunar-lander", min_length=1, description="MLflow experiment")
@@ -119,7 +119,7 @@ class Tracking(Section):
     progress: bool = Field(True, description="show how training goes; false: only trouble and final scores")
 
 
-class Config(Section):
+class Config(Strict):
     run: Run = Run()
     env: Env = Env()
     model: SerializeAsAny[BaseModel] = Field(default_factory=lambda: POLICIES["cnn"].Options(), validate_default=True)
@@ -130,14 +130,12 @@ class Config(Section):
     @field_validator("model", mode="before")
     @classmethod
     def _policy_options(cls, value):
-        if isinstance(value, BaseModel):
+        if not isinstance(value, dict):
             return value
-        if not (isinstance(value, dict) and all(isinstance(key, str) for key in value)):
-            raise PydanticCustomError("model", f"model={value!r} must be a section of keys")
         name = value.get("name", "cnn")
-        if not isinstance(name, str) or name not in POLICIES:
-            raise PydanticCustomError("model", f"model.name={name!r} must be one of {', '.join(POLICIES)}")
-        return POLICIES[name].Options(**value)
+        if str(name) not in POLICIES:
+            raise PydanticCustomError("conflict", f"model.name={name!r} must be one of {', '.join(POLICIES)}")
+        return POLICIES[str(name)].Options.model_validate(value)
 
     @model_validator(mode="after")
     def _even_minibatches(self):
@@ -146,15 +144,15 @@ class Config(Section):
             small = [d for d in range(1, math.isqrt(batch) + 1) if batch % d == 0]
             nearest = sorted({*small, *(batch // d for d in small)}, key=lambda d: abs(d - parts))[:2]
             raise PydanticCustomError(
-                "num_minibatches", f"ppo.num_minibatches={parts} must divide env.num_envs * ppo.num_steps = {batch}; "
+                "conflict", f"ppo.num_minibatches={parts} must divide env.num_envs * ppo.num_steps = {batch}; "
                 f"nearest: {', '.join(map(str, sorted(nearest)))}")
         if self.ppo.num_steps % self.ppo.segment_length or batch // parts % self.ppo.segment_length:
             raise PydanticCustomError(
-                "segment_length", f"ppo.segment_length={self.ppo.segment_length} must divide ppo.num_steps="
+                "conflict", f"ppo.segment_length={self.ppo.segment_length} must divide ppo.num_steps="
                 f"{self.ppo.num_steps} and the minibatch of {batch // parts} decisions")
         if batch // parts < 2 and self.ppo.normalize_advantages:
             raise PydanticCustomError(
-                "num_minibatches", f"ppo.num_minibatches={parts} leaves minibatches of one decision, whose advantages "
+                "conflict", f"ppo.num_minibatches={parts} leaves minibatches of one decision, whose advantages "
                 f"cannot be normalised; at most {batch // 2}")
         return self
 
@@ -165,11 +163,11 @@ class Config(Section):
             return self
         if not self.env.color or self.env.frame_stack < 2:
             raise PydanticCustomError(
-                "glimpse", f"model.glimpse={glimpse} finds what moves by its colour, so it needs env.color=true and "
+                "conflict", f"model.glimpse={glimpse} finds what moves by its colour, so it needs env.color=true and "
                 "env.frame_stack of 2 or more; model.glimpse=0 model.mirror=false sees the whole picture instead")
         if not 16 <= glimpse <= height:
             raise PydanticCustomError(
-                "glimpse", f"model.glimpse={glimpse} must be 0 or between 16 and {height}, the height of the frames "
+                "conflict", f"model.glimpse={glimpse} must be 0 or between 16 and {height}, the height of the frames "
                 f"(400 / env.shrink_factor={self.env.shrink_factor})")
         return self
 
@@ -177,7 +175,8 @@ class Config(Section):
     def _mirror_needs_the_eye(self):
         if getattr(self.model, "mirror", False) and not self.model.glimpse:
             raise PydanticCustomError(
-                "mirror", "model.mirror=true needs model.glimpse, which tells left from right; set model.mirror=false")
+                "conflict",
+                "model.mirror=true needs model.glimpse, which tells left from right; set model.mirror=false")
         return self
 
     def flat(self):
@@ -185,61 +184,35 @@ class Config(Section):
         return {f"{s}.{k}": v for s, section in self.model_dump(mode="json").items() for k, v in section.items()}
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 without its traps: 3e-4 is a number, a key given twice is an error, yes/no/on/off and 010 stay text."""
+class _Loader(yaml.BaseLoader):
+    """YAML whose values are all text. A key that is given twice is a mistake, and so is a tag such as !!bool."""
 
-    yaml_implicit_resolvers: ClassVar = {
-        key: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":int", ":float", ":timestamp"))]
-        for key, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+    def construct_object(self, node, deep=False):
+        if node.tag not in (self.DEFAULT_SCALAR_TAG, self.DEFAULT_SEQUENCE_TAG, self.DEFAULT_MAPPING_TAG):
+            raise yaml.MarkedYAMLError(problem=f"a config has no tags such as {node.tag}", problem_mark=node.start_mark)
+        return super().construct_object(node, deep)
 
     def construct_mapping(self, node, deep=False):
         seen = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.value == "<<":
-                continue  # no key at all, which is refused below, or a merge
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^([-+]?([0-9][0-9_]*\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
-        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
-    list("-+0123456789."))
-
-
 def parse_yaml(text, source):
-    """One YAML value; ConfigError names `source`, line and column."""
+    """Texts, and lists and dicts of them; ConfigError names `source`, line and column. Where nothing stands, ""."""
     try:
-        return yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
+        return "" if value is None else value
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
         raise ConfigError(f"{where}: {error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the last two: thousands of digits, or of brackets
-        raise ConfigError(f"{source}: {' '.join(str(error).split())}") from None
-    except (LookupError, AttributeError, TypeError):  # yaml's constructors check nothing
-        raise ConfigError(f"{source}: a tag such as !!bool or !!timestamp before what is none") from None
-
-
-def parse_value(key, text, source):
-    """The value of section.key as written on a command line. What looks like a number stays text where text is asked.
-
-    So that run.name=3e-4 does not become 0.0003.
-    """
-    value = parse_yaml(text, source)
-    section, _, name = key.partition(".")
-    fields = getattr(Config.model_fields.get(section), "annotation", Config).model_fields
-    if name in fields and fields[name].annotation is str and type(value) in (int, float):
-        return text.strip()
-    return value
+    # The last three: "\U00110000", which is no character, "\UFFFFFFFF", and thousands of brackets.
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        raise ConfigError(f"{source}: {error}") from None
 
 
 def load_config(path=None, overrides=()):
@@ -257,22 +230,23 @@ def load_config(path=None, overrides=()):
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path}: not a text in UTF-8 ({error.reason} at byte {error.start})") from None
         if not isinstance(tree, dict):
-            found = "but is empty" if tree is None else f"not {tree!r}"
+            found = f"not {tree!r}" if tree else "but is empty"
             raise ConfigError(f"{path}: must hold sections such as `ppo:`, {found}")
     return apply_overrides(tree, overrides, str(path) if path else "config")
 
 
 def apply_overrides(tree, overrides, source="config"):
-    """The checked config of nested dicts (changed in place) and `section.key=value` strings."""
+    """The checked config of nested dicts and `section.key=value` strings."""
+    tree = dict(tree)
     for override in overrides:
         key, equals, value = override.partition("=")
         section, dot, name = key.strip().partition(".")
         if not (equals and dot and section and name):
             raise ConfigError(f"{override!r}: an override is written section.key=value")
-        branch = tree.setdefault(section, {})
+        branch = tree.get(section, {})
         if not isinstance(branch, dict):
             raise ConfigError(f"{section}: must be a section of keys, not {branch!r}")
-        branch[name] = parse_value(key.strip(), value, override)
+        tree[section] = {**branch, name: parse_yaml(value, override)}
     return check_config(tree, source)
 
 
@@ -282,17 +256,21 @@ def check_config(tree, source="config"):
         return Config.model_validate(tree)
     except ValidationError as errors:
         error = errors.errors()[0]
-    location = list(error["loc"])
-    if not location or error["type"] in CROSS_CHECKS:
-        raise ConfigError(f"{source}: {error['msg']}")
-    # An error inside a policy's Options is raised while `model` is read, and names only the key.
-    key = ".".join(map(str, location))
+    key, message = ".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, ")
+    if not key or error["type"] == "conflict":  # the message names the keys
+        raise ConfigError(f"{source}: {message}")
     if error["type"] == "extra_forbidden":
         close = difflib.get_close_matches(key, known_keys(tree), 1, 0)
         raise ConfigError(f"{source}: unknown key {key}; did you mean {close[0]}?")
-    message = error["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
+    plainer = {"model_type": "must be a section of keys", "bool_type": "must be true or false"}
+    message = plainer.get(error["type"], message[0].lower() + message[1:])
     raise ConfigError(f"{source}: {key}={error['input']!r}: {message}")
+
+
+def changed_keys(before, after):
+    """{"section.key": (value before, value after)} of the settings in which two configs differ."""
+    before, after = before.flat(), after.flat()
+    return {key: (before.get(key), after.get(key)) for key in before | after if before.get(key) != after.get(key)}
 
 
 def known_keys(tree=None):
@@ -310,7 +288,7 @@ def _nearest_multiples(value, of):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python config.py | head` is no error
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python -m machinery.config | head` is no error
     sections = {name: field.annotation for name, field in Config.model_fields.items() if name != "model"}
     sections |= {f"model, name={name}": policy.Options for name, policy in POLICIES.items()}
     for section, keys in sections.items():

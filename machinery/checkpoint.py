@@ -11,7 +11,6 @@ A policy alone is shared as `policy.safetensors`, with its config in the file's 
 import hashlib
 import io
 import json
-import os
 import pickle
 from contextlib import suppress
 from pathlib import Path
@@ -21,38 +20,19 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
-from config import check_config
-from envs import VIEWPORT_H, VIEWPORT_W, frame_planes
-from models import make_policy
+from camera import frame_planes
+from machinery.config import check_config
+from machinery.errors import UserError
+from machinery.files import write_atomically
+from models import Spaces, make_policy
+from task import ACTIONS, MIRRORED_ACTIONS, VIEWPORT
 
 MAGIC = b"lunar-pixels checkpoint 1\n"
 POLICY_FILE = "policy.safetensors"
 
 
-class CheckpointError(Exception):
-    """A checkpoint that is missing, damaged or does not fit; the message is one line."""
-
-
-def write_atomically(path, data):
-    """`data` (bytes) under `path` whole or not at all, also through a power cut; OSError leaves the old file there."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename, error.filename2 = str(path), None  # a full disk is reported without a name
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged or does not fit."""
 
 
 def save_config(config, path):
@@ -100,13 +80,6 @@ def load_checkpoint(path, warn=print):
     if files:
         raise CheckpointError(f"{folder}: none of its {len(files)} checkpoints is good")
     raise CheckpointError(f"{path}: no checkpoint there{_alternatives(path, 'checkpoints/*.ckpt')}")
-
-
-def newest_run(root="runs", holding="checkpoints/*.ckpt"):
-    """The run whose newest file matching `holding` was written last, or None."""
-    files = [file for run in Path(root).glob("*/") for file in run.glob(holding)]
-    newest = max(files, key=lambda file: file.stat().st_mtime, default=None)
-    return newest and Path(*newest.parts[: len(Path(root).parts) + 1])
 
 
 def policy_bytes(policy, config, env_frames):
@@ -176,10 +149,11 @@ def load_weights(policy, weights, file):
 
 
 def build_policy(config):
-    """The untrained policy that `config` describes, for the frames that it describes."""
+    """The untrained policy that `config` describes, for the frames and actions that it describes."""
     env = config.env
-    height, width = VIEWPORT_H // env.shrink_factor, VIEWPORT_W // env.shrink_factor
-    return make_policy(config.model, env.frame_stack, frame_planes(env.color), height, width)
+    height, width = (side // env.shrink_factor for side in VIEWPORT)
+    spaces = Spaces(env.frame_stack, frame_planes(env.color), height, width, len(ACTIONS), MIRRORED_ACTIONS)
+    return make_policy(config.model, spaces)
 
 
 def _digest(tensors, metadata):

@@ -4,34 +4,37 @@
         config, folder, state = start_run(args, lock)     # args: config, resume, overrides, from the command line
 """
 
-import fcntl
 import itertools
 import os
 import shutil
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-from checkpoint import POLICY_FILE, CheckpointError, load_checkpoint, newest_run, save_config, trained_frames
-from config import ConfigError, apply_overrides, check_config, load_config, parse_value
-from distributed import launcher
-from tracking import Metrics
+from machinery.checkpoint import POLICY_FILE, CheckpointError, load_checkpoint, save_config, trained_frames
+from machinery.config import ConfigError, apply_overrides, changed_keys, check_config, load_config
+from machinery.files import locked, newest_run, remove_unfinished
+from machinery.processes import launcher
+from machinery.tracking import Metrics
+from task import LANDED
 
 RESUMABLE = ("ppo.total_frames", "run.device", "run.num_threads", "evaluation.", "tracking.")
 
 
 def resume_config(saved, overrides):
     """The config of a checkpoint with those overrides that may change in mid-run."""
-    before = check_config({section: dict(keys) for section, keys in saved.items()}).flat()
-    fixed = []
-    for override in overrides:
-        key, _, value = override.partition("=")
-        key = key.strip()
-        if key in before and not key.startswith(RESUMABLE) and before[key] != parse_value(key, value, override):
-            fixed.append(f"{key} was {before[key]!r}, asked for {value}")
-    if fixed:
-        raise ConfigError("a resumed run keeps its config: " + ", ".join(fixed))
-    return apply_overrides({section: dict(keys) for section, keys in saved.items()}, overrides)
+    before = check_config(saved)
+    refused = {}
+    for key, _, value in (override.partition("=") for override in overrides):
+        if key.strip() == "model.name" and value.strip() != before.model.name:  # it decides which other keys there are
+            refused["model.name"] = before.model.name, value.strip()
+    if not refused:
+        after = apply_overrides(saved, overrides)
+        refused = {k: pair for k, pair in changed_keys(before, after).items() if not k.startswith(RESUMABLE)}
+    if refused:
+        raise ConfigError("a resumed run keeps its config: " + ", ".join(
+            f"{key} was {was!r}, asked for {asked}" for key, (was, asked) in refused.items()))
+    return after
 
 
 def is_finished(config, state):
@@ -39,21 +42,6 @@ def is_finished(config, state):
     counters = state["counters"]
     return (counters["env_frames"] >= config.ppo.total_frames
             and counters.get("scored") == config.evaluation.episodes)
-
-
-@contextmanager
-def locked(folder):
-    """Hold the run's folder, for as long as the process lives at most; ConfigError if another one does."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(f"{folder}: another process is at this run; let it end, or stop it, first") from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def new_folder(config, config_file):
@@ -71,12 +59,6 @@ def new_folder(config, config_file):
             return folder
 
 
-def drop_unfinished(folder):
-    """Remove what a kill in the midst of writing left."""
-    for file in folder.rglob(".*.tmp"):
-        file.unlink()
-
-
 def start_run(args, lock, processes=1):
     """(config, run folder, checkpoint state or None) from the command line; `lock`, an ExitStack, holds the folder."""
     if args.resume is not None:
@@ -84,7 +66,7 @@ def start_run(args, lock, processes=1):
     config = load_config(args.config, args.overrides)
     folder = new_folder(config, args.config)
     lock.enter_context(locked(folder))
-    drop_unfinished(folder)
+    remove_unfinished(folder)
     if any(folder.glob("checkpoints/*")):
         raise ConfigError(f"{folder}: that run exists; go on with --resume {folder}, or choose another run.name")
     if any((folder / name).exists() for name in ("metrics.csv", "report.json")):
@@ -112,8 +94,14 @@ def resume_run(path, overrides, lock, processes=1):
         raise CheckpointError(f"{path}: holds the landers of {saved} process(es), but {processes} were started; go on "
                               f"with: {launcher(saved)} train.py --resume {path}")
     config = resume_config(state["config"], overrides)
+    # Checkpoints of an earlier release have [return, length, index into task.OUTCOMES] of the last episodes.
+    state["recent"] = [
+        episode if isinstance(episode, dict) else
+        {"return_mean": episode[0], "length_mean": episode[1], "landed_rate": float(episode[2] == LANDED)}
+        for episode in state.get("recent", [])]
+    state["source"] = str(path)  # to name it if its weights do not fit
     counters = state["counters"]
-    drop_unfinished(folder)
+    remove_unfinished(folder)
     if is_finished(config, state):
         return config, folder, state
     # Left in their place, newer ones, damaged or not, would be taken for newer than those that are about to be saved.

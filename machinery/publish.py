@@ -1,7 +1,7 @@
 """Copies a finished run into results/, as a page that others can judge and use, and renews the README's table.
 
-    python publish.py runs/NAME cnn        # -> results/cnn/
-    python publish.py                      # pages, curves, landings and the table anew, from what results/ holds
+    python -m machinery.publish runs/NAME cnn   # -> results/cnn/
+    python -m machinery.publish                 # pages, curves, landings and the table, from what results/ holds
 
 Nothing is typed by hand: every number comes from the run's own metrics.csv, config.yaml, machine.json and reports.
 """
@@ -15,22 +15,24 @@ import argparse
 import json
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoint import POLICY_FILE, CheckpointError, load_checkpoint, load_policy
-from config import ConfigError, load_config
-from envs import EVALUATION_SEED, VIEWPORT_H, VIEWPORT_W, RenderedLander
-from evaluate import VideoRecorder, play, write_gif
-from plot import SOLVED, PlotError, draw_run, reached, read_metrics
-from run_folder import is_finished
+from envs import RenderedLander
+from evaluate import play
+from machinery.checkpoint import POLICY_FILE, load_checkpoint, load_policy
+from machinery.config import load_config
+from machinery.errors import UserError, one_line
+from machinery.run_folder import is_finished
+from machinery.video import VideoRecorder, write_gif
+from plot import draw_run, reached, read_metrics
+from task import EVALUATION_SEED, SOLVED
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 CONFIGS = HERE / "configs"
-BEGIN, END = "<!-- results: written by publish.py -->", "<!-- end of results -->"
+BEGIN, END = "<!-- results: written by machinery/publish.py -->", "<!-- end of results -->"
 FILES = ("config.yaml", "metrics.csv", "machine.json", "report.json", "report_sampled.json")
 CARD = """# {policy}: a mean return of {greedy}
 
@@ -58,16 +60,16 @@ Score it again: `python evaluate.py --checkpoint results/{name}`. Train it again
 
 ```python
 import torch
-from checkpoint import load_policy
 from envs import RenderedLander
+from machinery.checkpoint import load_policy
 
 policy, config, _ = load_policy("results/{name}")
-lander = RenderedLander(**config.env.model_dump(include={{"frame_skip", "frame_stack", "shrink_factor", "color"}}))
+lander = RenderedLander(**config.env.frame_settings())
 frames, ended = lander.reset(seed=1_000_000), False
 while not ended:
     with torch.no_grad():
-        logits, value = policy(*policy.see(torch.from_numpy(frames)[None]))
-    frames, reward, terminated, truncated = lander.step(int(logits.argmax()))
+        output = policy(*policy.preprocess_stacks(torch.from_numpy(frames)[None]))
+    frames, reward, terminated, truncated = lander.step(int(output.distribution.mode()))
     ended = terminated or truncated
 print(lander.episode_return)
 ```
@@ -79,8 +81,8 @@ def score(report):
     return f"{report['return_mean']:.0f} [{low:.0f}, {high:.0f}]"
 
 
-class PublishError(Exception):
-    """A run that cannot be published; one line."""
+class PublishError(UserError):
+    """A run that cannot be published."""
 
 
 def read_json(file, *keys):
@@ -94,21 +96,23 @@ def read_json(file, *keys):
     return content
 
 
-def multiply_adds(policy, height, width, decisions):
-    """Of one decision, forward only: one frame looked at, and its share of a segment of successive ones.
+def multiply_adds(policy, decisions):
+    """Of one decision, forward only: one frame preprocessed, and its share of a segment of successive ones.
 
-    These share most of their frames, and what encodes frames one by one encodes each once for all of them.
+    These share most of their frames, and a policy that encodes frames one by one encodes each once for all of them.
     """
-    frames = torch.zeros(decisions + policy.stack - 1, policy.planes, height, width, dtype=torch.uint8)
-    stacks = torch.arange(decisions)[:, None] + torch.arange(policy.stack)
+    spaces = policy.spaces
+    rows = decisions + spaces.frame_stack - 1
+    frames = torch.zeros(rows, spaces.planes, spaces.height, spaces.width, dtype=torch.uint8)
+    frame_ids = torch.arange(decisions)[:, None] + torch.arange(spaces.frame_stack)
     policy.train()
     with torch.no_grad():
-        with FlopCounterMode(display=False) as looking:
-            seen = policy.look(frames)
+        with FlopCounterMode(display=False) as preprocessing:
+            frame_store = policy.preprocess(frames)
         with FlopCounterMode(display=False) as deciding:
-            policy(seen, stacks)
+            policy(frame_store, frame_ids)
     policy.eval()
-    return round((looking.get_total_flops() / len(frames) + deciding.get_total_flops() / decisions) / 2)
+    return round((preprocessing.get_total_flops() / len(frames) + deciding.get_total_flops() / decisions) / 2)
 
 
 def command(config, name):
@@ -143,9 +147,7 @@ def facts(folder, name=None):
         "greedy": score(report), "sampled": score(sampled), "landed": report["landed_rate"],
         "solved_rate": report["solved_rate"],
         "parameters": sum(p.numel() for p in policy.parameters()),
-        "multiply_adds": multiply_adds(
-            policy, VIEWPORT_H // config.env.shrink_factor, VIEWPORT_W // config.env.shrink_factor,
-            config.ppo.segment_length),
+        "multiply_adds": multiply_adds(policy, config.ppo.segment_length),
     }
 
 
@@ -207,7 +209,7 @@ def main(argv=None):
     parser.add_argument("run", nargs="?", help="runs/NAME, finished")
     parser.add_argument("name", nargs="?", help="folder under results/, named as its config file")
     args = parser.parse_args(argv)
-    try:
+    with one_line("publish.py"):
         if args.run:
             folders = [publish(args.run, args.name or Path(args.run).name)]
         else:
@@ -215,8 +217,6 @@ def main(argv=None):
         for folder in folders:
             draw(folder)
         write_pages()
-    except (CheckpointError, ConfigError, PlotError, PublishError, OSError) as error:
-        sys.exit(f"publish.py: {error}")
 
 
 if __name__ == "__main__":

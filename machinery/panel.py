@@ -1,4 +1,4 @@
-"""What goes on inside a policy while it lands, drawn beside the picture of it: the instrument panel of evaluate.py.
+"""A policy's instruments while it lands, drawn beside the rendered frame: the panel of evaluate.py.
 
     insight = look_inside(policy, frames, action)     # frames uint8 (K, H, W), as one decision saw them
     panel = Panel(policy, config, "cnn, seed 1000000")
@@ -8,6 +8,7 @@
 Nothing is smoothed or made up: every number is the policy's own output for the very frames that it is shown beside.
 """
 
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,10 +19,10 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from envs import FPS, VIEWPORT_H, VIEWPORT_W
 from models import Policy, Temporal
+from task import ACTIONS, FPS, VIEWPORT
 
-ACTIONS = ("nothing", "left engine", "main engine", "right engine")
+VIEWPORT_H, VIEWPORT_W = VIEWPORT
 # Pixels. As wide as a README, and multiples of 16, which encoders like.
 WIDTH, MARGIN, GAP, LINE = 912, 16, 10, 24
 FRAME_TOP, STACK_TOP = 36, 468  # of the rendered frame, and of what the policy sees
@@ -50,14 +51,14 @@ def look_inside(policy, frames, action):
     Saliency is the plain gradient (Simonyan et al. 2014, arXiv:1312.6034, sec. 3): its absolute value, largest over the
     colours. With a frozen ResNet it is that of the frozen part's maps, since nothing before them is differentiated.
     """
-    singles = frames.unflatten(0, (policy.stack, policy.planes))  # (S, C, H, W)
-    pictures = Policy.look(policy, singles)["pictures"].permute(0, 2, 3, 1)
+    singles = frames.unflatten(0, (policy.spaces.frame_stack, policy.spaces.planes))  # (S, C, H, W)
+    pictures = Policy.preprocess(policy, singles)["pictures"].permute(0, 2, 3, 1)
     corners = policy.eye.find(singles)[1].cpu().numpy() if policy.eye else None
-    seen, stacks = policy.see(frames[None])
-    seen["pictures"] = seen["pictures"].float().requires_grad_()  # the same numbers, but bytes have no gradient
+    frame_store, frame_ids = policy.preprocess_stacks(frames[None])
+    pixels = frame_store["pictures"] = frame_store["pictures"].float().requires_grad_()  # bytes have no gradient
     with torch.enable_grad(), _attention_over_time(policy) as attention:
-        logits, _ = policy(seen, stacks)
-        (gradient,) = torch.autograd.grad(logits[0, action], seen["pictures"])
+        output = policy(frame_store, frame_ids)
+        (gradient,) = torch.autograd.grad(output.distribution.logits[0, action], pixels)
     newest = gradient[-1].abs()
     if newest.ndim == 4:  # maps of the picture and of its mirror image, one of which was used
         newest = newest[0] + newest[1].flip(2)
@@ -92,7 +93,7 @@ class Panel:
     def __init__(self, policy, config, title):
         self.policy, self.frame_skip, self.reward_scale = policy, config.env.frame_skip, config.ppo.reward_scale
         self.times, self.returns, self.values = [], [], []  # seconds; points so far; points still expected
-        self.steps = min(policy.stack, SHOWN)
+        self.steps = min(policy.spaces.frame_stack, SHOWN)
         self.cell = min(CELL, (WIDTH - 2 * MARGIN - GAP * self.steps) // (self.steps + 1))
         self.columns = [MARGIN + i * (self.cell + GAP) for i in range(self.steps + 1)]
         self.frame_size = self.cell, self.cell * VIEWPORT_H // VIEWPORT_W
@@ -207,9 +208,10 @@ class Panel:
         for curve, points in zip(self.curves, (self.returns, self.values), strict=True):
             curve.set_data(self.times, points)
         self.now_return.set_text(f"return so far: {episode_return:.0f}")
-        self.now_value.set_text("" if value != value else f"value: {value:.0f} still expected, discounted")
+        known = not math.isnan(value)
+        self.now_value.set_text(f"value: {value:.0f} still expected, discounted" if known else "")
         (low, high), seconds = self.trace.get_ylim(), self.trace.get_xlim()[1]
-        points = [episode_return, value if value == value else episode_return]
+        points = [episode_return, value if known else episode_return]
         if min(points) <= low or max(points) >= high or self.times[-1] > seconds:  # seldom: all must be drawn anew
             while seconds < self.times[-1]:
                 seconds *= 2
@@ -231,8 +233,9 @@ class Panel:
         self.drawn = np.asarray(self.canvas.buffer_rgba())[..., :3].copy()
 
     def _draw_pictures(self, frames, insight):
-        singles = frames.reshape(self.policy.stack, self.policy.planes, *frames.shape[1:]).transpose(0, 2, 3, 1)
-        for i, x in enumerate(self.columns[:-1], self.policy.stack - self.steps):
+        stack, planes = self.policy.spaces.frame_stack, self.policy.spaces.planes
+        singles = frames.reshape(stack, planes, *frames.shape[1:]).transpose(0, 2, 3, 1)
+        for i, x in enumerate(self.columns[:-1], stack - self.steps):
             place = self._paste(singles[i], x, STACK_TOP, self.frame_size)
             if self.policy.eye:
                 scale = self.cell / frames.shape[2]

@@ -1,0 +1,444 @@
+"""The numbers of a run: metrics.csv on the disk, and MLflow.
+
+    with Tracker(config, "runs/NAME", threads=2) as tracker:
+        tracker.log({"rollout/return_mean": 12.3, ...}, env_frames)
+
+metrics.csv holds all that MLflow gets except the machine's load, so a curve survives without a server.
+"""
+
+import errno
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+import torch
+
+from machinery.errors import UserError, first_line
+from machinery.files import locked, write_atomically
+
+# MLflow reads these when it is imported; its default of 7 retries would take minutes to notice a dead server.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = (  # one of the two Box2D packages, whichever gymnasium asked for
+    "torch", "torchvision", "gymnasium", "box2d", "box2d-py", "pygame-ce", "opencv-python-headless", "numpy", "mlflow")
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+PATIENCE = 90  # seconds for a store to answer: it makes a new store's tables in 6 s, on a busy machine in 30 s
+
+
+class TrackingError(UserError):
+    """MLflow cannot be used at the start."""
+
+
+def machine_tags(threads):
+    """Git commit, package versions, machine and threads: the numbers of a run depend on them besides its config."""
+    tags = {"git_commit": git_commit(ROOT), "python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            tags[f"version.{package}"] = version(package)
+    cpu = ""
+    with suppress(OSError, StopIteration):  # not every system has the file, nor every processor the line
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    machine = f"{platform.system()} {platform.machine()}, {cpu}, {os.cpu_count()} cores"
+    return tags | {"machine": machine, "threads": str(threads)}
+
+
+def git_commit(root):
+    """The commit of the repository in `root`, else "unknown"; one around it, or that GIT_DIR names, does not count."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    command = ["git", f"--git-dir={root}/.git", f"--work-tree={root}", "describe", "--always", "--dirty"]
+    try:
+        git = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
+    except OSError:  # no git on this machine
+        return "unknown"
+    return git.stdout.strip() or "unknown"
+
+
+class Queue:
+    """Rows on their way to the disk and to MLflow, oldest first, with a cursor for each of these takers.
+
+    A row leaves memory once all takers have it.
+    """
+
+    def __init__(self, *takers):
+        self.rows, self.lock = [], threading.Lock()
+        self.taken = dict.fromkeys(takers, 0)  # {taker: how many of `rows` it has}
+
+    def put(self, row):
+        with self.lock:
+            self.rows.append((int(1000 * time.time()), row))
+
+    def waiting(self, taker):
+        """The rows that `taker` lacks: a list of (milliseconds of the Unix clock, row)."""
+        with self.lock:
+            return self.rows[self.taken[taker]:]
+
+    def took(self, taker, count):
+        """`taker` has the next `count` rows."""
+        with self.lock:
+            self.taken[taker] += count
+            done = min(self.taken.values())
+            del self.rows[:done]
+            self.taken = {taker: taken - done for taker, taken in self.taken.items()}
+
+
+class Metrics:
+    """metrics.csv: one row per update, first column `frames`. The first row fixes the columns."""
+
+    def __init__(self, path, queue=None):
+        self.path, self.columns, self.queue = Path(path), None, queue or Queue("disk")
+        header = self.path.read_text(errors="replace").partition("\n")[0] if self.path.exists() else ""
+        if header.startswith("frames,"):
+            self.columns = header.split(",")
+
+    def rows(self):
+        """The whole rows of the file: a list of (line, its numbers in the order of `columns`)."""
+        rows = []
+        for line in self.path.read_text(errors="replace").splitlines(keepends=True)[1:] if self.columns else ():
+            fields = line.split(",")
+            with suppress(ValueError):  # a line that a power cut or an editor left
+                if line.endswith("\n") and len(fields) == len(self.columns):
+                    rows.append((line, [int(fields[0]), *map(float, fields[1:])]))
+        return rows
+
+    def drop_after(self, frames):
+        """Remove the rows beyond `frames`, since a resumed run is about to do these updates again.
+
+        A file that is not one of metrics is put aside. Returns the frames of the last row that is left, 0 if none.
+        """
+        if not self.columns:
+            if self.path.exists() and self.path.stat().st_size:
+                self.path.rename(self.path.with_suffix(".csv.damaged"))
+            return 0
+        kept = [(line, row) for line, row in self.rows() if row[0] <= frames]
+        write_atomically(self.path, (",".join(self.columns) + "\n" + "".join(line for line, _ in kept)).encode())
+        return kept[-1][1][0] if kept else 0
+
+    def append(self, row):
+        """Write {"frames": int, name: number, ...} at once. After an OSError it waits for the next row, or `flush`."""
+        self.columns = self.columns or list(row)
+        self.queue.put(row)
+        self.flush()
+
+    def flush(self):
+        """Write the rows that wait, down to the disk; OSError leaves the file as it was.
+
+        Call it before a checkpoint is saved: none must be newer than the rows that led to it.
+        """
+        rows = self.queue.waiting("disk")
+        if not rows:
+            return
+        lines = [",".join(str(row.get(key, math.nan)) for key in self.columns) + "\n" for _, row in rows]
+        with open(self.path, "ab", buffering=0) as file:
+            size = file.tell()
+            data = "".join(lines if size else [",".join(self.columns) + "\n", *lines]).encode()
+            try:
+                if file.write(data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError as error:
+                file.truncate(size)
+                error.filename = str(self.path)  # a full disk is reported without a name
+                raise
+        self.queue.took("disk", len(rows))
+
+
+class Load:
+    """The load of the machine, under the names that MLflow gives it."""
+
+    def __init__(self):
+        self.network = None  # the counters at the first reading; traffic is counted from there
+
+    def read(self):
+        """{"system/cpu_utilization_percentage": number, ...}. The processor's share is that since the last reading."""
+        memory, disk, network = psutil.virtual_memory(), psutil.disk_usage(os.sep), psutil.net_io_counters()
+        self.network = self.network or network
+        load = {
+            "cpu_utilization_percentage": psutil.cpu_percent(),
+            "system_memory_usage_megabytes": memory.used / 1e6,
+            "system_memory_usage_percentage": 100 * memory.used / memory.total,
+            "disk_usage_megabytes": disk.used / 1e6,
+            "disk_usage_percentage": disk.percent,
+            "disk_available_megabytes": disk.free / 1e6,
+            "network_receive_megabytes": (network.bytes_recv - self.network.bytes_recv) / 1e6,
+            "network_transmit_megabytes": (network.bytes_sent - self.network.bytes_sent) / 1e6}
+        for gpu in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
+            if torch.cuda.memory_reserved(gpu):  # asking any other GPU would open it, which takes memory there
+                free, total = torch.cuda.mem_get_info(gpu)
+                load[f"gpu_{gpu}_memory_usage_megabytes"] = (total - free) / 1e6
+                load[f"gpu_{gpu}_memory_usage_percentage"] = 100 * (total - free) / total
+                with suppress(Exception):  # it needs NVIDIA's package nvidia-ml-py
+                    load[f"gpu_{gpu}_utilization_percentage"] = torch.cuda.utilization(gpu)
+        return {f"system/{key}": round(value, 1) for key, value in load.items()}
+
+
+class Sender(threading.Thread):
+    """Sends rows and files to MLflow beside the training; both are kept until the store takes them.
+
+    `there`: the frames of updates that MLflow already has. A killed run may have sent updates that are done again now.
+    """
+
+    def __init__(self, client, run_id, queue, there=(), interval=5.0):
+        super().__init__(daemon=True)
+        self.client, self.run_id, self.queue, self.there, self.interval = client, run_id, queue, there, interval
+        self.files = deque()  # (path, folder in the run's artifacts); a file that is refused holds up no row
+        self.trouble, self.file_trouble = False, False
+        self.ended, self.given_up = threading.Event(), threading.Event()
+
+    def run(self):
+        machine, load = Load(), {}
+        with suppress(Exception):
+            machine.read()  # the next reading counts from here
+        while True:
+            ended = self.ended.wait(self.interval)
+            with suppress(Exception):  # a machine whose load cannot be read trains all the same
+                load = machine.read()
+            done = self.send(load) and self.send_files()
+            if ended and (done or self.given_up.wait(1)):
+                return
+
+    def send(self, load):
+        """Send the rows that wait, oldest first, and `load` with the newest; False if the store did not take them."""
+        from mlflow.entities import Metric
+
+        while waiting := self.queue.waiting("MLflow"):
+            rows = waiting[:25]  # MLflow takes 1,000 metrics a call
+            try:
+                metrics = [
+                    Metric(key, float(value), milliseconds, row["frames"])
+                    for milliseconds, row in rows if row["frames"] not in self.there
+                    for key, value in row.items() if key != "frames" and not math.isnan(value)]
+                if len(rows) == len(waiting):
+                    milliseconds, newest = rows[-1]
+                    metrics += [Metric(key, value, milliseconds, newest["frames"]) for key, value in load.items()]
+                self.client.log_batch(self.run_id, metrics)
+            except Exception as error:  # whatever the store raises, training must not notice
+                if not self.trouble:
+                    print(f"MLflow: {cause(error)}; training goes on, and metrics are kept to be sent later",
+                          file=sys.stderr)
+                self.trouble = True
+                return False
+            self.queue.took("MLflow", len(rows))
+            if self.trouble:
+                print("MLflow answers again; the kept metrics are sent", file=sys.stderr)
+            self.trouble = False
+        return True
+
+    def send_files(self):
+        """Send the files that wait, oldest first; False if the store did not take them."""
+        while self.files and not self.trouble:
+            path, folder = self.files[0]
+            try:
+                if path.exists():
+                    send = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
+                    send(self.run_id, str(path), folder)
+            except Exception as error:
+                if not self.file_trouble:
+                    print(f"MLflow: {path.name}: {cause(error)}; training goes on", file=sys.stderr)
+                self.file_trouble = True
+                return False
+            self.files.popleft()
+        return not self.files
+
+    def close(self, patience=30.0):
+        """Wait until all is sent, or nothing gets through for `patience` seconds. Returns (updates, files) left."""
+        self.ended.set()
+        left, before = self.left(), None
+        while self.is_alive() and left != before:
+            self.join(patience)
+            left, before = self.left(), left
+        self.given_up.set()
+        return left
+
+    def left(self):
+        return len(self.queue.waiting("MLflow")), len(self.files)
+
+
+def connect(settings, folder):
+    """MLflow's client and the id of the experiment; the store and the experiment are made where they are missing.
+
+    All runs of the store have `folder`, runs/, in common. TrackingError if the store cannot be used.
+    """
+    import mlflow
+
+    answer = Future()
+
+    def work():
+        try:
+            with locked(folder, wait=True):  # two processes that made the tables of one new store at once would fail
+                check_database(settings.uri)
+                mlflow.set_tracking_uri(settings.uri)
+                experiment = mlflow.set_experiment(settings.experiment).experiment_id
+                answer.set_result((mlflow.MlflowClient(), experiment))
+        except Exception as error:  # whatever the store raises, the user needs one line of it
+            answer.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()  # a daemon: one that hangs does not keep the process alive
+    try:
+        return answer.result(PATIENCE)
+    except TimeoutError:
+        raise store_error(settings, f"no answer within {PATIENCE} s") from None
+    except Exception as error:
+        raise store_error(settings, error) from error
+
+
+def check_database(uri):
+    """Open the store once, if it is a database, since MLflow would retry for 102 s; the exception names the cause."""
+    import sqlalchemy
+
+    if not uri.startswith(DATABASES):
+        return
+    url, is_sqlite = sqlalchemy.make_url(uri), uri.startswith("sqlite")
+    if is_sqlite and url.database and not url.database.startswith("file:"):
+        if Path(url.database).is_dir():
+            raise IsADirectoryError(f"{url.database} is a folder")
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    # A SQLite database may be held by another process for so many seconds.
+    engine = sqlalchemy.create_engine(url, connect_args={"timeout": PATIENCE / 3} if is_sqlite else {})
+    try:
+        with engine.connect() as connection:
+            for statement in ("BEGIN IMMEDIATE", "PRAGMA user_version = 0", "ROLLBACK") if is_sqlite else ():
+                connection.exec_driver_sql(statement)  # nothing is written, but the file must take it
+    except sqlalchemy.exc.DBAPIError as error:
+        raise error.orig from None  # without SQLAlchemy's words around it
+    finally:
+        engine.dispose()
+
+
+def store_error(settings, error):
+    return TrackingError(
+        f"MLflow store {masked(settings.uri)} cannot be used: {cause(error)}; tracking.mlflow=false trains without it")
+
+
+def cause(error):
+    """The first line of an exception that MLflow raised, without credentials."""
+    return masked(first_line(error))
+
+
+def masked(text):
+    """`text`, which is or quotes one URI, without the URI's credentials."""
+    text = re.sub(r"://[^/\s].*@", "://***@", text)
+    return re.sub(r"(password|passwd|pwd|token)=[^&\s]*", r"\1=***", text, flags=re.IGNORECASE)
+
+
+class Tracker:
+    """Use as a context: leaving it ends the MLflow run as FINISHED, KILLED (interrupted) or FAILED (any error)."""
+
+    def __init__(self, config, run_folder, threads, run_id=None):
+        self.folder, self.settings, self.tags = Path(run_folder), config.tracking, machine_tags(threads)
+        self.queue = Queue("disk", "MLflow") if self.settings.mlflow else Queue("disk")
+        self.metrics = Metrics(self.folder / "metrics.csv", self.queue)
+        self._tell_differences()
+        self.client, self.run_id, self.sender, self.told = None, run_id, None, set()
+        if self.settings.mlflow:
+            self._start_mlflow(config)
+
+    def _tell_differences(self):
+        """A run is repeated bit for bit only by the same code, packages, machine and number of threads."""
+        file = self.folder / "machine.json"
+        try:
+            before = dict(json.loads(file.read_text()))
+        except (OSError, ValueError, TypeError):  # a new run, or a damaged file
+            before = self.tags
+        changed = [f"{key} was {before.get(key)}, is {now}" for key, now in self.tags.items() if before.get(key) != now]
+        if changed:
+            print(f"this run began elsewhere, so it goes on well but not bit for bit: {'; '.join(changed)}")
+        write_atomically(file, (json.dumps(self.tags, indent=2) + "\n").encode())
+
+    def _start_mlflow(self, config):
+        from mlflow.entities import Param, RunTag
+
+        self.client, experiment = connect(self.settings, self.folder.parent)
+        try:
+            if self.run_id is None or not self._reopen():
+                tags = self.tags | {"mlflow.runName": self.folder.name, "mlflow.source.name": "train.py"}
+                tags |= {"mlflow.parentRunId": self.settings.parent} if self.settings.parent else {}
+                self.run_id = self.client.create_run(experiment, tags=tags).info.run_id
+                params = [Param(key, masked(str(value))) for key, value in config.flat().items()]
+                self.client.log_batch(self.run_id, params=params, tags=[RunTag("run_folder", self.folder.name)])
+            there = {metric.step for metric in self.client.get_metric_history(self.run_id, "update/entropy")}
+        except Exception as error:
+            raise store_error(self.settings, error) from error
+        self._fill_gap(there)
+        self.sender = Sender(self.client, self.run_id, self.queue, there)
+        self.sender.start()
+
+    def _fill_gap(self, there):
+        """Send the rows of metrics.csv that MLflow lacks: those of a killed run, of a lost store, of a deleted run."""
+        lacking = [row for _, row in self.metrics.rows() if row[0] not in there]
+        for row in lacking:
+            self.queue.put(dict(zip(self.metrics.columns, row, strict=True)))
+        self.queue.took("disk", len(lacking))
+        if lacking:
+            print(f"MLflow lacked {len(lacking)} updates of {self.metrics.path}; they are sent now")
+
+    def _reopen(self):
+        """Go on with the MLflow run of a resumed training; False if it is no longer there."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            there = self.client.get_run(self.run_id).info.lifecycle_stage == "active"
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # a store in trouble may still have it
+                raise
+            there = False
+        if there:
+            self.client.update_run(self.run_id, status="RUNNING")
+        else:
+            print(f"MLflow run {self.run_id} is gone; a new one takes its place", file=sys.stderr)
+        return there
+
+    def log(self, metrics, frames):
+        """metrics: {name: number}, nan for what this update did not measure; `frames` is the x axis."""
+        self._try("metrics.csv", self.metrics.append, {"frames": frames} | metrics)
+
+    def flush(self):
+        """Write what waits for metrics.csv down to the disk; OSError if it is refused."""
+        self.metrics.flush()
+
+    def artifact(self, path, folder=None):
+        """Send a file, or what is in a folder, beside the training, to `folder` among the run's artifacts."""
+        if self.sender and (Path(path), folder) not in list(self.sender.files):  # a copy: the sender takes from it
+            self.sender.files.append((Path(path), folder))
+
+    def _try(self, what, call, *args):
+        """Trouble with records never costs training: it is told once of each."""
+        try:
+            call(*args)
+        except Exception as error:
+            if what not in self.told:
+                print(f"{what}: {cause(error)}; training goes on", file=sys.stderr)
+            self.told.add(what)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self._try("metrics.csv", self.metrics.flush)
+        if waiting := self.queue.waiting("disk"):
+            print(f"{self.metrics.path} lacks the last {len(waiting)} updates", file=sys.stderr)
+        if not self.client:
+            return
+        updates, files = self.sender.close()
+        if updates:
+            print(f"MLflow lacks the last {updates} updates; {self.metrics.path} has them", file=sys.stderr)
+        if files:
+            print(f"MLflow lacks {files} files; they are in {self.folder}", file=sys.stderr)
+        # An exception that is no Exception, such as KeyboardInterrupt, was the user's wish.
+        status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
+        self._try("MLflow", self.client.set_terminated, self.run_id, status)

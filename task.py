@@ -1,0 +1,23 @@
+"""What is known about LunarLander-v3, in one place: picture, actions, mirror, endings, time limit, seeds.
+
+Nothing is imported but gymnasium's registry, so that whoever needs a fact need not load an environment. A policy gets
+those facts that concern it as arguments (models.Spaces).
+"""
+
+import gymnasium as gym
+
+ENV_ID = "LunarLander-v3"
+SPEC = gym.spec(ENV_ID)
+SOLVED = SPEC.reward_threshold  # mean return from which the task counts as solved: 200
+TIME_LIMIT = SPEC.max_episode_steps  # physics steps: 1,000
+VIEWPORT = (400, 600)  # pixels of a rendered frame: height, width
+FPS = 50  # physics steps per second of flight
+
+ACTIONS = ("nothing", "left engine", "main engine", "right engine")
+MIRRORED_ACTIONS = (0, 3, 2, 1)  # what each action is in a mirror
+OUTCOMES = ("rest", "crash", "out_of_sight", "time")  # how an episode ends
+LANDED = OUTCOMES.index("rest")
+
+TRAINING_SEEDS = 900_000  # training draws the seeds of its episodes below this
+SELECTION_SEED = 900_000  # from here: episodes that choose the best checkpoint
+EVALUATION_SEED = 1_000_000  # from here: episodes that score it
