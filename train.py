@@ -34,7 +34,7 @@ import sys
 import time
 from collections import deque
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -78,11 +78,11 @@ class Rollout:
             return torch.zeros(rows, n, *shape, dtype=dtype, device=device)
 
         rows = frame_stack + num_steps  # the stack that the rollout begins with, then a frame after each decision
-        store = {key: room(t.dtype, *t.shape[1:], rows=rows).flatten(0, 1) for key, t in frame_store.items()}
-        return cls(
-            store, room(torch.int64, frame_stack), room(actions.dtype, *actions.shape[1:]), log_probs=room(),
-            values=room(), next_values=room(), rewards=room(), terminated=room(torch.bool), truncated=room(torch.bool),
-            advantages=room(), returns=room())
+        made = {
+            "frame_store": {k: room(t.dtype, *t.shape[1:], rows=rows).flatten(0, 1) for k, t in frame_store.items()},
+            "frame_ids": room(torch.int64, frame_stack), "actions": room(actions.dtype, *actions.shape[1:]),
+            "terminated": room(torch.bool), "truncated": room(torch.bool)}
+        return cls(**made, **{field.name: room() for field in fields(cls) if field.name not in made})
 
     def __getitem__(self, indices):
         """The decisions `indices`, int64 (B,), of all T * N in a row: every field (B, ...); the whole frame store."""
