@@ -151,7 +151,8 @@ def collect(envs, policy, rollout, frames, reward_scale, autocast):
             episodes.append({key: float(values[n]) for key, values in info["episode"].items()})
     following = torch.cat([rollout.values[1:], decide(num_steps)[1].value[None]])  # (T, N)
     # After an ending it would be that of the next episode. Nothing follows a termination: 0.
-    rollout.next_values[:] = torch.where(rollout.terminated | rollout.truncated, final_values, following)
+    ended = rollout.terminated | rollout.truncated
+    rollout.next_values[:] = torch.where(ended, final_values, following)
     return frames, {"episodes": episodes, "env_frames": env_frames}
 
 
