@@ -46,7 +46,7 @@ from gymnasium.envs.box2d.lunar_lander import (
 )
 from gymnasium.error import AlreadyPendingCallError
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
+from gymnasium.vector.utils import batch_space, write_to_shared_memory
 
 from camera import Camera, frame_planes, shrink, views
 from task import ACTIONS, ENV_ID, LANDED, OUTCOMES, TIME_LIMIT, TRAINING_SEEDS
@@ -102,10 +102,10 @@ class LeanLunarLander(LunarLander):
             shape=b2CircleShape(radius=2 / SCALE), density=density, friction=0.1, restitution=0.3,
             categoryBits=0x0100, maskBits=0x001)) for density in (self.MAIN_FLAME, self.SIDE_FLAME)}
 
-    def _create_particle(self, mass, x, y, ttl):
-        self.flames[mass].position = x, y
-        particle = self.world.CreateBody(self.flames[mass])
-        particle.ttl = ttl
+    def add_flame(self, density, x, y):
+        self.flames[density].position = x, y
+        particle = self.world.CreateBody(self.flames[density])
+        particle.ttl = 1.0
         self.particles.append(particle)
         return particle
 
@@ -128,7 +128,7 @@ class LeanLunarLander(LunarLander):
             if action != 2:
                 x, y = x - sin * 17 / SCALE, y + cos * SIDE_ENGINE_HEIGHT / SCALE
             push_x, push_y = push_x * power, push_y * power
-            self._create_particle(density, x, y, 1.0).ApplyLinearImpulse((push_x, push_y), (x, y), True)
+            self.add_flame(density, x, y).ApplyLinearImpulse((push_x, push_y), (x, y), True)
             body.ApplyLinearImpulse((-push_x, -push_y), (x, y), True)
         self.world.Step(1.0 / FPS, 6 * 30, 2 * 30)
 
@@ -203,9 +203,11 @@ class Lander:
 
     def pass_time(self):
         """What one `render()` call does to the flames besides drawing them."""
-        for particle in self.lander.particles:
+        particles = self.lander.particles
+        for particle in particles:
             particle.ttl -= PARTICLE_AGEING
-        self.lander._clean_particles(False)
+        while particles and particles[0].ttl < 0:
+            self.lander.world.DestroyBody(particles.pop(0))
 
     def picture(self, view=None):
         """The small frame of now; `view`, if it is known already, is that of `views`."""
@@ -244,6 +246,18 @@ class RenderedLander(Lander):
         return shrink(self.full_frame, self.camera.factor, self.camera.color)
 
 
+class FrameStacks(gym.spaces.Box):
+    """The stacks of M landers, each uint8 (K, H, W). Where gymnasium expects an observation, they come as a list."""
+
+
+@write_to_shared_memory.register(FrameStacks)
+def _(space, index, stacks, shared_memory):
+    """Each stack goes straight to its place; joined to one array first, as for a Box, they would be copied thrice."""
+    everyones = np.frombuffer(shared_memory.get_obj(), np.uint8).reshape(-1, *space.shape)
+    for place, stack in zip(everyones[index], stacks, strict=True):
+        place[:] = stack
+
+
 class LanderGroup(gym.Env):
     """Several landers stepped in turn: the environment that one worker of AsyncVectorEnv plays.
 
@@ -258,7 +272,7 @@ class LanderGroup(gym.Env):
         self.first_env, self.seed = first_env, seed
         self.generators = [self._generator(i) for i in range(num_envs)]
         self.action_space = gym.spaces.MultiDiscrete([len(ACTIONS)] * num_envs)
-        self.observation_space = gym.spaces.Box(0, 255, self.frames.shape, np.uint8)
+        self.observation_space = FrameStacks(0, 255, (num_envs, *self.frames[0].shape), np.uint8)
 
     def _generator(self, i):
         """A generator per lander, so that episodes do not depend on how landers are spread over workers."""
@@ -266,8 +280,8 @@ class LanderGroup(gym.Env):
 
     @property
     def frames(self):
-        """The stack that each lander shows, uint8 (M, K, H, W)."""
-        return np.stack([lander.stack.frames for lander in self.landers])
+        """The stack that each lander shows, M times uint8 (K, H, W)."""
+        return [lander.stack.frames for lander in self.landers]
 
     def _begin(self, i):
         self.landers[i].reset(self.generators[i].integers(TRAINING_SEEDS))
@@ -289,7 +303,7 @@ class LanderGroup(gym.Env):
         return self.frames, {}
 
     def step(self, actions):
-        """One decision each. Returns frames, uint8 (M, K, H, W), and rewards, terminated, truncated, each (M,).
+        """One decision each. Returns frames, M times uint8 (K, H, W), and rewards, terminated, truncated, each (M,).
 
         info: env_frames (M,), physics steps played. If an episode ended, also episode, a dict of the EPISODE_METRICS
         (M,), 0 where none did; if one was truncated, final_frames, uint8 (M, K, H, W), its last stack.

@@ -65,11 +65,10 @@ def play(policy, env_config, seeds, sample_seed=None, lander_class=Lander, recor
             actions = output.distribution.mode()
         else:
             actions = output.distribution.sample([rng for _, _, _, rng in playing])
-        probs, values = output.distribution.probs.cpu().numpy(), output.value.tolist()
         batch, playing = playing, []
-        for (lander, index, frames, rng), action, p, value in zip(batch, actions.tolist(), probs, values, strict=True):
+        for row, ((lander, index, frames, rng), action) in enumerate(zip(batch, actions.tolist(), strict=True)):
             if recorder:
-                recorder.decide(index, lander, frames, p, value, action)
+                recorder.decide(index, lander, frames, output, row, action)
             frames, _, terminated, truncated = lander.step(action)
             if not (terminated or truncated):
                 playing.append((lander, index, frames, rng))

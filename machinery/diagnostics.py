@@ -12,7 +12,7 @@ from collections import Counter
 
 from task import ACTIONS, SOLVED, TIME_LIMIT
 
-# Rules of thumb, which plot.py draws, too; the README says what they are good for.
+# Rules of thumb, which plot.py draws, too; docs/curves.md says what they are good for.
 CLIP_FRACTION_BAND, KL_BAND = (0.1, 0.2), (0.0, 0.3)
 LONG = 15  # updates in a row
 HIGH_CLIP = 1.5 * CLIP_FRACTION_BAND[1]  # a healthy run is just above the band while it learns fastest

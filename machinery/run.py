@@ -4,7 +4,7 @@
         trainer = Trainer(run.config, run.state, processes)
         with run.recording(trainer):                                    # metrics.csv, MLflow
             with run.guarding():                                        # the last iteration is saved, whatever happens
-                metrics = run.attempt(trainer.iterate)
+                metrics = run.attempt(trainer)
                 run.select(metrics), run.record(metrics), run.save_when_due()
             run.score()                                                 # the best policy on unseen episodes
 

@@ -69,9 +69,11 @@ class VideoRecorder:
 
         lander.on_frame = on_frame
 
-    def decide(self, index, lander, frames, probabilities, value, action):
+    def decide(self, index, lander, frames, output, row, action):
+        """`action` was taken on `frames`; `output`: the PolicyOutput of a batch in which that decision is `row`."""
         with self._panel_trouble(index) as film:
             if film:
+                probabilities, value = output.distribution.probs[row].cpu().numpy(), float(output.value[row])
                 film.panel.decide(frames, probabilities, value, action, lander.episode_return, lander.episode_length)
 
     def end(self, index, lander):
