@@ -53,7 +53,8 @@ from task import ACTIONS, ENV_ID, LANDED, OUTCOMES, TIME_LIMIT, TRAINING_SEEDS
 
 PARTICLE_AGEING = 0.15  # what render() takes from each particle's time to live
 
-# The metrics of an episode: each is the mean, over episodes that ended, of what a Lander then says.
+# Metric: function that reads an episode's number from a Lander whose episode has ended. The mean over the last 100
+# episodes is logged as rollout/METRIC.
 EPISODE_METRICS = {
     "return_mean": lambda lander: lander.episode_return,  # the environment's own undiscounted sum of rewards
     "length_mean": lambda lander: lander.episode_length,  # physics steps
@@ -174,10 +175,10 @@ class Lander:
         Returns the stack, uint8 (K, H, W), the sum of rewards, terminated, truncated.
         """
         ended = self.play(action)
-        return self.look(), *ended
+        return self.observe(), *ended
 
     def play(self, action):
-        """`step` unseen: the sum of rewards, terminated, truncated."""
+        """`step` without a frame: the sum of rewards, terminated, truncated."""
         assert 0 <= action < len(ACTIONS), action
         reward = 0.0
         for _ in range(self.frame_skip):
@@ -188,11 +189,11 @@ class Lander:
             if terminated or truncated:
                 break
         self.episode_return += reward
-        # A state that ends the episode is never bootstrapped: an episode is one or the other.
+        # If both happen in one step, termination wins, so that no value is bootstrapped.
         return reward, terminated, truncated and not terminated
 
-    def look(self, *view):
-        """The stack, uint8 (K, H, W), of what is seen now; for its `view`, see `picture`."""
+    def observe(self, *view):
+        """The stack with the frame of now, uint8 (K, H, W); for its `view`, see `picture`."""
         return self.stack.push(self.picture(*view))
 
     def make_env(self):
@@ -253,16 +254,16 @@ class FrameStacks(gym.spaces.Box):
 @write_to_shared_memory.register(FrameStacks)
 def _(space, index, stacks, shared_memory):
     """Each stack goes straight to its place; joined to one array first, as for a Box, they would be copied thrice."""
-    everyones = np.frombuffer(shared_memory.get_obj(), np.uint8).reshape(-1, *space.shape)
-    for place, stack in zip(everyones[index], stacks, strict=True):
+    gathered = np.frombuffer(shared_memory.get_obj(), np.uint8).reshape(-1, *space.shape)
+    for place, stack in zip(gathered[index], stacks, strict=True):
         place[:] = stack
 
 
 class LanderGroup(gym.Env):
     """Several landers stepped in turn: the environment that one worker of AsyncVectorEnv plays.
 
-    A worker costs two context switches a step however little it does, so each worker plays many landers. The group
-    begins new episodes by itself: the observation after an ending is the first of the next episode, and the last one
+    A worker costs two context switches a step however little it does, so each worker plays M landers. The group resets
+    by itself in the step that ends an episode: the observation is then the first of the next episode, and the last one
     of a truncated episode travels in `info["final_frames"]`.
     """
 
@@ -286,8 +287,8 @@ class LanderGroup(gym.Env):
     def _begin(self, i):
         self.landers[i].reset(self.generators[i].integers(TRAINING_SEEDS))
 
-    def rewind(self, state, first_env=0):
-        """Take up this group's part of a LanderVectorEnv.state whose first lander is number `first_env`; its frames."""
+    def restore(self, state, first_env=0):
+        """Restore this group's part of a LanderVectorEnv.state whose first lander is number `first_env`; the frames."""
         own = state[self.first_env - first_env :][: len(self.landers)]
         for i, (episodes, actions) in enumerate(own):
             self.generators[i] = self._generator(i)
@@ -318,7 +319,7 @@ class LanderGroup(gym.Env):
         # Drawing all of them after playing all of them keeps each part's code in the processor's cache.
         seen = views([lander.lander for lander in self.landers])
         for lander, view in zip(self.landers, seen, strict=True):
-            lander.look(view)
+            lander.observe(view)
         ended = np.flatnonzero(terminated | truncated)
         if len(ended):
             info["episode"] = {key: np.zeros(m) for key in EPISODE_METRICS}
@@ -358,8 +359,9 @@ class Workers(AsyncVectorEnv):
         watch.daemon = True
         watch.start()
         try:
-            # copy=False: the caller copies each batch into its rollout at once. spawn: forking a process whose
-            # libraries have started threads can hang, and a worker's parent is then the trainer itself.
+            # copy=False: the caller copies what it keeps. spawn: forking a process whose libraries have started
+            # threads can hang; and a worker is a child of the trainer itself, as it is not with forkserver.
+            # DISABLED: a LanderGroup resets by itself.
             super().__init__(make_groups, copy=False, context="spawn", autoreset_mode=AutoresetMode.DISABLED)
         except BaseException as error:
             if not getattr(self, "processes", None):  # it failed in the trainer itself
@@ -373,10 +375,10 @@ class Workers(AsyncVectorEnv):
             raise WorkerError(f"{cause}; it could not start, and what it said itself is above") from error
         finally:
             watch.cancel()
-        atexit.register(self._kill)  # before multiprocessing waits for them, which a frozen one never ends
+        atexit.register(self._kill)  # multiprocessing joins its processes at exit, and waits for a frozen one for ever
 
     @contextmanager
-    def named(self, timeout):
+    def worker_errors(self, timeout):
         """Whatever goes wrong in a worker becomes a WorkerError that names it."""
         try:
             yield timeout
@@ -416,8 +418,8 @@ class Workers(AsyncVectorEnv):
 class LanderVectorEnv(VectorEnv):
     """num_envs landers along one axis, whichever worker plays them.
 
-    Frames are uint8 (N, K, H, W) and good until the next step; rewards, endings and all that `info` holds are (N, ...),
-    as LanderGroup.step has them. After a WorkerError it can only be closed.
+    Frames are uint8 (N, K, H, W), valid until the next step. Rewards, endings and what `info` holds are (N, ...), as
+    in LanderGroup.step. After a WorkerError it can only be closed.
     """
 
     def __init__(self, make_groups, first_env=0):
@@ -428,22 +430,22 @@ class LanderVectorEnv(VectorEnv):
         self.single_action_space = gym.spaces.Discrete(len(ACTIONS))
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
-        # All that the landers' future depends on: per lander the episodes it has begun and the actions of the last. A
-        # Box2D world cannot be stored, but an episode is its seed and its actions: playing them again is bit-exact.
-        # The account is kept here, so that a checkpoint needs no answer from a worker that may have died.
+        # state[n]: the episodes that lander n has begun, and the actions of the current one. Its future depends on
+        # nothing else. A Box2D world cannot be stored, but playing the actions again from the episode's seed is
+        # bit-exact. The record is kept here, so that a checkpoint needs no answer from a worker that may have died.
         self.state = [[0, []] for _ in range(self.num_envs)]
 
     def reset(self, *, seed=None, options=None):
         for lander in self.state:
             lander[:] = lander[0] + 1, []
-        with self.workers.named(self.workers.long_timeout) as timeout:
+        with self.workers.worker_errors(self.workers.long_timeout) as timeout:
             self.workers.reset_async()
             return _one_axis(self.workers.reset_wait(timeout)[0]), {}
 
     def step(self, actions):
         if np.shape(actions) != self.action_space.shape:
             raise ValueError(f"actions of shape {np.shape(actions)}, not {self.action_space.shape}")
-        with self.workers.named(self.workers.timeout) as timeout:
+        with self.workers.worker_errors(self.workers.timeout) as timeout:
             self.workers.step_async(np.reshape(actions, self.workers.action_space.shape))
             frames, rewards, terminated, truncated, info = map(_one_axis, self.workers.step_wait(timeout))
         for lander, action, ended in zip(self.state, actions.tolist(), terminated | truncated, strict=True):
@@ -453,11 +455,11 @@ class LanderVectorEnv(VectorEnv):
                 lander[1].append(action)
         return frames, rewards, terminated, truncated, info
 
-    def rewind(self, state):
+    def restore(self, state):
         """Put the landers into a `state` of this environment; their frames, uint8 (N, K, H, W)."""
         self.state = [[episodes, list(actions)] for episodes, actions in state]
-        with self.workers.named(self.workers.long_timeout) as timeout:
-            self.workers.call_async("rewind", self.state, self.first_env)
+        with self.workers.worker_errors(self.workers.long_timeout) as timeout:
+            self.workers.call_async("restore", self.state, self.first_env)
             return np.concatenate(self.workers.call_wait(timeout))
 
     def close_extras(self, **_):
@@ -488,6 +490,29 @@ def _spread(processes):
             os.sched_setscheduler(process.pid, os.SCHED_BATCH, os.sched_param(0))  # it waits its turn when it wakes
 
 
+@contextmanager
+def _main_script_hidden():
+    """Processes that start meanwhile do not import the main script: train.py would load torch, 400 MB in 2 s."""
+    main = sys.modules["__main__"]
+    file = vars(main).pop("__file__", None)
+    try:
+        yield
+    finally:
+        if file:
+            main.__file__ = file
+
+
+@contextmanager
+def _interrupt_blocked():
+    """Ctrl-C is for the trainer, which ends its workers itself. Processes that start meanwhile inherit the block."""
+    resource_tracker.ensure_running()  # started along with the workers, it would let signals through again
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _check_shared_memory(size):
     """multiprocessing maps a file; where it does not fit, the first write to it ends the process without a word."""
     folders = [folder for folder in ("/dev/shm", tempfile.gettempdir()) if os.path.isdir(folder)]
@@ -512,12 +537,7 @@ def make_vector_env(num_envs, num_workers, seed=0, frame_skip=4, frame_stack=4, 
     groups = [partial(_make_group, m, first_env=first, **settings) for first in firsts]
     picture = frame_planes(color) * (VIEWPORT_H // shrink_factor) * (VIEWPORT_W // shrink_factor)
     _check_shared_memory(num_envs * frame_stack * picture)
-    # Ctrl-C is for the trainer, which ends its workers itself: they inherit that it is blocked.
-    resource_tracker.ensure_running()  # started along with the workers, it would let signals through again
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
+    with _main_script_hidden(), _interrupt_blocked():
         envs = LanderVectorEnv(groups, first_env)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     _spread(envs.workers.processes)
     return envs

@@ -5,8 +5,8 @@
     output = policy(frame_store, frame_ids)
     actions = output.distribution.sample()                      # int64 (B,); output.value is float32 (B,)
 
-Each frame is preprocessed once, when it is collected: `preprocess` is the part of a policy that learns nothing from
-rewards. Its result, a dict of tensors with one row per frame, is the frame store that a rollout keeps. `frame_ids`,
+Each frame is preprocessed once, when it is collected: `preprocess` is the part of a policy that has no trained
+parameters. Its result, a dict of tensors with one row per frame, is the frame store that a rollout keeps. `frame_ids`,
 int64 (B, S), says which rows of the store each decision sees, oldest first. With S = 4 and one lander whose frames
 0, 1, 2, ... are stored in order, the decision on frame 5 has the ids [2, 3, 4, 5] and the next one [3, 4, 5, 6]. So a
 frame that neighbouring decisions share is stored once, and the policies below that encode frames one by one encode it
@@ -42,7 +42,7 @@ class CalibrationError(PolicyError):
 
 @dataclass(frozen=True)
 class Spaces:
-    """What a policy sees and does. These facts of the environment reach it as arguments."""
+    """The facts of an environment that a policy depends on."""
 
     frame_stack: int  # frames that a decision sees
     planes: int  # of a frame: 3 in colour, 1 in gray
@@ -55,8 +55,8 @@ class Spaces:
 class Categorical:
     """A distribution over discrete actions for each of B decisions, from logits float32 (B, A).
 
-    As torch.distributions.Categorical, but normalised by log_softmax, and able to sample each decision from a generator
-    of its own.
+    The names are those of torch.distributions.Categorical. This one can also draw each decision from a generator of its
+    own, so that an episode does not depend on those played beside it.
     """
 
     def __init__(self, logits):
@@ -65,11 +65,11 @@ class Categorical:
 
     @property
     def probs(self):
-        """float64 (B, A)"""
+        """float64 (B, A), since NumPy checks that probabilities sum to 1"""
         return self.logits.double().softmax(-1)
 
     def sample(self, generators=None):
-        """int64 (B,), drawn with torch's generator, or each with its own of `generators`, NumPy's, one per decision."""
+        """int64 (B,). With `generators`, NumPy's, decision b is drawn from generator b, else all from torch's."""
         if generators is None:
             return torch.multinomial(self.log_probs.exp(), 1)[:, 0]
         rows = self.probs.cpu().numpy()
@@ -91,11 +91,11 @@ class Categorical:
 
 @dataclass(frozen=True)
 class PolicyOutput:
-    """What a policy answers to B decisions."""
+    """The output of a policy for B decisions."""
 
     distribution: Categorical  # of the action
-    value: torch.Tensor  # float32 (B,): the discounted sum of scaled rewards that it expects
-    losses: dict = field(default_factory=dict)  # auxiliary losses by name, scalars, which the update adds and logs
+    value: torch.Tensor  # float32 (B,), the expected discounted return in scaled rewards
+    losses: dict = field(default_factory=dict)  # auxiliary losses by name, scalars, weighted; update adds and logs them
 
 
 # YAML 1.2's words for what is neither text nor number.
@@ -247,7 +247,7 @@ class Glimpse(nn.Module):
 
 
 class Policy(nn.Module):
-    """What all policies share: the eye, the mirror, and the two heads on one hidden layer.
+    """The base of all policies: the eye, the mirror, and the two heads on one hidden layer.
 
     A subclass has `forward(frame_store, frame_ids, minibatch=None)`, which gives the PolicyOutput of decisions that see
     the rows frame_ids, int64 (B, S), of frame_store. While learning, `minibatch` is the train.Rollout of these

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from machinery.checkpoint import CheckpointError, load_checkpoint
-from machinery.config import Config, ConfigError, load_config
+from machinery.config import Config, ConfigError, changed_keys, load_config
 from machinery.errors import first_line, one_line
 from machinery.run_folder import RESUMABLE, is_finished
 from machinery.signals import SignalWatch
@@ -61,9 +61,9 @@ class Job:
         """ConfigError if the run that is there is not this one."""
         if not (self.folder / "config.yaml").exists():
             return
-        before, now = load_config(self.folder / "config.yaml").flat(), self.config.flat()
-        differ = [f"{key} was {before.get(key)!r}, asked for {value!r}" for key, value in now.items()
-                  if before.get(key) != value and not key.startswith(RESUMABLE)]
+        changed = changed_keys(load_config(self.folder / "config.yaml"), self.config)
+        differ = [f"{key} was {before!r}, asked for {now!r}" for key, (before, now) in changed.items()
+                  if not key.startswith(RESUMABLE)]
         if differ:
             raise ConfigError(f"{self.folder} is another run: {', '.join(differ)}; choose another --name")
 

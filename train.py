@@ -13,20 +13,20 @@ The algorithm is Schulman et al. 2017, "Proximal Policy Optimization Algorithms"
     ppo_loss            clipped policy loss, value loss, entropy bonus
     update              epochs of shuffled minibatches
     Trainer             policy, optimizer and landers; `iterate` is one round of the above
-    train               the loop
+    train               the loop: iterate, score, record, save
 
 machinery/ has what keeps a run safe, seen and repeatable.
 """
 
 import os
 
-# OpenMP's threads spin after a parallel region and would steal the cores from the landers; read when torch is loaded.
+# OpenMP's threads spin after a parallel region and would steal the cores from the landers. Torch reads this at import.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is loaded; later it saves
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a run begins, Ctrl-C ends the process at once
 
 import argparse
 import copy
@@ -43,9 +43,9 @@ from torch import nn
 from envs import EPISODE_METRICS, WorkerError, make_vector_env
 from evaluate import evaluate, play
 from machinery.checkpoint import build_policy, load_weights
-from machinery.device import autocast, choose_device, cores_for, keep_freed_memory
+from machinery.device import choose_device, cores_for, keep_freed_memory, make_autocast
 from machinery.errors import one_line
-from machinery.processes import ALONE, Processes
+from machinery.processes import SINGLE_PROCESS, Processes
 from machinery.run import open_run
 from machinery.terminal import Outlet
 from models import PolicyError
@@ -55,14 +55,17 @@ from task import ACTIONS
 
 @dataclass
 class Rollout:
-    """T decisions of N landers: what each saw, did and received. As `rollout[indices]`, a minibatch of B of them."""
+    """T decisions of N landers, each on a stack of S = env.frame_stack frames.
 
-    frame_store: dict  # of tensors, one row per frame, (rows, ...): what the policy's `preprocess` made of it
+    `rollout[indices]` is a minibatch: B of these decisions, every field (B, ...).
+    """
+
+    frame_store: dict  # of tensors with one row per frame: the results of the policy's `preprocess`, and its own notes
     frame_ids: torch.Tensor  # int64 (T, N, S): the rows of frame_store that each decision saw, oldest frame first
     actions: torch.Tensor  # (T, N, ...)
     log_probs: torch.Tensor  # float32 (T, N), log pi(action | frames) when the action was drawn
     values: torch.Tensor  # float32 (T, N)
-    next_values: torch.Tensor  # float32 (T, N), value of the frames that followed; see collect for endings
+    next_values: torch.Tensor  # float32 (T, N), V(s_{t+1}); `collect` says what it is at an episode's end
     rewards: torch.Tensor  # float32 (T, N), scaled
     terminated: torch.Tensor  # bool (T, N): the episode ended at this decision; nothing comes after
     truncated: torch.Tensor  # bool (T, N): the episode was cut off at this decision
@@ -70,64 +73,66 @@ class Rollout:
     returns: torch.Tensor  # float32 (T, N), targets of the value function
 
     @classmethod
-    def empty(cls, num_steps, frame_stack, frame_store, actions):
-        """Room for num_steps decisions. Examples of one decision of each lander: `preprocess`'s result and actions."""
-        n, device = len(actions), next(iter(frame_store.values())).device
+    def empty(cls, num_steps, frame_stack, example_store, example_actions):
+        """Zeros for num_steps decisions of N landers. The examples give shapes and dtypes of N frames and N actions."""
+        n, device = len(example_actions), next(iter(example_store.values())).device
 
-        def room(dtype=torch.float32, *shape, rows=num_steps):
-            return torch.zeros(rows, n, *shape, dtype=dtype, device=device)
+        def zeros(dtype=torch.float32, *shape, length=num_steps):
+            return torch.zeros(length, n, *shape, dtype=dtype, device=device)
 
-        rows = frame_stack + num_steps  # the stack that the rollout begins with, then a frame after each decision
-        made = {
-            "frame_store": {k: room(t.dtype, *t.shape[1:], rows=rows).flatten(0, 1) for k, t in frame_store.items()},
-            "frame_ids": room(torch.int64, frame_stack), "actions": room(actions.dtype, *actions.shape[1:]),
-            "terminated": room(torch.bool), "truncated": room(torch.bool)}
-        return cls(**made, **{field.name: room() for field in fields(cls) if field.name not in made})
+        slots = frame_stack + num_steps  # the stack before the first decision, then a frame after each
+        store = {k: zeros(t.dtype, *t.shape[1:], length=slots).flatten(0, 1) for k, t in example_store.items()}
+        special = {
+            "frame_store": store, "frame_ids": zeros(torch.int64, frame_stack), "terminated": zeros(torch.bool),
+            "truncated": zeros(torch.bool), "actions": zeros(example_actions.dtype, *example_actions.shape[1:])}
+        return cls(**special, **{field.name: zeros() for field in fields(cls) if field.name not in special})
 
     def __getitem__(self, indices):
-        """The decisions `indices`, int64 (B,), of all T * N in a row: every field (B, ...); the whole frame store."""
-        fields = {key: value.flatten(0, 1)[indices] for key, value in vars(self).items() if key != "frame_store"}
-        return Rollout(self.frame_store, **fields)
+        """The minibatch `indices`, int64 (B,): t * N + n is decision t of lander n. The frame store stays whole."""
+        chosen = {key: value.flatten(0, 1)[indices] for key, value in vars(self).items() if key != "frame_store"}
+        return Rollout(self.frame_store, **chosen)
 
 
 @torch.no_grad()
 def collect(envs, policy, rollout, frames, reward_scale, autocast):
-    """Play T decisions with the policy's own samples, filling `rollout` in place but for advantages and returns.
+    """Play T decisions with the policy's own samples.
 
-    `frames` are the current observations, uint8 (N, K, H, W); returns those after the last decision and a dict:
-    the episodes that ended, a list of {name of envs.EPISODE_METRICS: number}, and the physics steps done.
+    `frames` are the current observations, uint8 (N, K, H, W): stacks of S frames with C colour planes, K = S * C.
+    Fills `rollout` in place, except for advantages and returns. Returns the observations after the last decision, and
+    a dict: `episodes`, one {name of envs.EPISODE_METRICS: number} per ended episode, and `env_frames`, physics steps.
     """
     policy.eval()
     device, (num_steps, num_envs, frame_stack) = rollout.values.device, rollout.frame_ids.shape
-    final_values = torch.zeros_like(rollout.values)  # of the last frames of truncated episodes
+    final_values = torch.zeros_like(rollout.values)  # values of the last stacks of truncated episodes
     episodes, env_frames = [], 0
 
-    def store(row, newest):
-        """Keep each lander's newest frame, uint8 (N, C, H, W)."""
+    def store(slot, newest):
+        """Keep one frame of each lander, uint8 (N, C, H, W)."""
         if device.type == "cuda":
-            newest = newest.pin_memory()  # the one copy; the GPU fetches it from there by itself
+            newest = newest.pin_memory()  # so that the copy to the GPU runs beside the program
         with autocast:
             for key, tensor in policy.preprocess(newest.to(device, non_blocking=True)).items():
-                rollout.frame_store[key][row * num_envs : (row + 1) * num_envs] = tensor
+                rollout.frame_store[key][slot * num_envs : (slot + 1) * num_envs] = tensor
 
-    # Which frames a decision sees. Row r of the store holds one frame per lander: lander n's has the id r * N + n.
-    # Example with N = 2 landers and stacks of S = 3. Rows 0, 1, 2 are the stack that the rollout begins with, and row
-    # 2 + t is the newest one at decision t. Lander 1 sees ids [1, 3, 5] at decision 0 and [3, 5, 7] at decision 1. If
-    # its episode ends with decision 1, row 4 (id 9) is the first frame of the next one, which stands in for those
-    # before it: [9, 9, 9] at decision 2, [9, 9, 11] at decision 3.
-    ago = torch.arange(frame_stack - 1, -1, -1, device=device)  # (S,), decisions since each frame of a stack
-    age = torch.full((num_envs, 1), frame_stack, device=device)  # decisions since the first frame of the episode
+    # The store has S + T slots of N rows; a frame id is the number of a row. Lander n's frame in slot k has the id
+    # k * N + n. Slots 0 to S - 1 hold the stack before the first decision, slot S + t the frame after decision t. So
+    # decision t sees slots t to t + S - 1; the first frame of an episode replaces all frames from before it.
+    # Example with N = 2 and S = 3: lander 1 sees the ids [1, 3, 5] at decision 0 and [3, 5, 7] at decision 1. If its
+    # episode ends with decision 1, id 9 is the first frame of the next: [9, 9, 9] at decision 2, then [9, 9, 11].
+    steps_back = torch.arange(frame_stack - 1, -1, -1, device=device)  # (S,)
+    # Decisions since the episode's first frame, at most S: the initial stack already holds its repeats.
+    episode_age = torch.full((num_envs, 1), frame_stack, device=device)
     lander = torch.arange(num_envs, device=device)[:, None]
 
-    def decide(t):
-        frame_ids = (frame_stack - 1 + t - torch.minimum(ago, age)) * num_envs + lander  # (N, S)
+    def forward_at(t):
+        frame_ids = (frame_stack - 1 + t - torch.minimum(steps_back, episode_age)) * num_envs + lander  # (N, S)
         with autocast:
             return frame_ids, policy(rollout.frame_store, frame_ids)
 
-    for row, older in enumerate(frames.chunk(frame_stack, dim=1)):
-        store(row, older)
+    for slot, frame in enumerate(frames.chunk(frame_stack, dim=1)):
+        store(slot, frame)
     for t in range(num_steps):
-        rollout.frame_ids[t], output = decide(t)
+        rollout.frame_ids[t], output = forward_at(t)
         if not torch.isfinite(output.distribution.entropy().sum() + output.value.sum()):
             raise FloatingPointError("the policy's logits or values are not finite; stopped before the optimizer")
         rollout.actions[t] = output.distribution.sample()
@@ -141,18 +146,19 @@ def collect(envs, policy, rollout, frames, reward_scale, autocast):
         store(frame_stack + t, frames.chunk(frame_stack, dim=1)[-1])
         rollout.rewards[t] = torch.from_numpy(rewards).to(rollout.rewards) * reward_scale
         rollout.terminated[t], rollout.truncated[t] = torch.from_numpy(terminated), torch.from_numpy(truncated)
-        age = torch.where((rollout.terminated[t] | rollout.truncated[t])[:, None], 0, age + 1)
-        if truncated.any():  # the truncation bootstrap: what a cut-off episode would still have brought
+        ended = rollout.terminated[t] | rollout.truncated[t]
+        episode_age = torch.where(ended[:, None], 0, episode_age + 1)
+        if truncated.any():  # the value of the last stack stands for the rewards that the time limit cut off
             final_frames = torch.from_numpy(info["final_frames"][truncated]).to(device)
             with autocast:
                 final_values[t, rollout.truncated[t]] = policy(*policy.preprocess_stacks(final_frames)).value
         env_frames += int(info["env_frames"].sum())
         for n in np.flatnonzero(terminated | truncated):
             episodes.append({key: float(values[n]) for key, values in info["episode"].items()})
-    following = torch.cat([rollout.values[1:], decide(num_steps)[1].value[None]])  # (T, N)
-    # After an ending it would be that of the next episode. Nothing follows a termination: 0.
-    ended = rollout.terminated | rollout.truncated
-    rollout.next_values[:] = torch.where(ended, final_values, following)
+    # V(s_{t+1}): 0 after a termination; after a truncation (the bootstrap) the value of the episode's last stack.
+    rollout.next_values[:] = torch.cat([rollout.values[1:], forward_at(num_steps)[1].value[None]])
+    rollout.next_values[rollout.terminated] = 0
+    rollout.next_values[rollout.truncated] = final_values[rollout.truncated]
     return frames, {"episodes": episodes, "env_frames": env_frames}
 
 
@@ -160,8 +166,9 @@ def collect(envs, policy, rollout, frames, reward_scale, autocast):
 def compute_advantages(rollout, gamma, gae_lambda):
     """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, eqs. 11 and 16), in place.
 
-    A_t = delta_t + gamma * lambda * A_{t+1} within an episode, delta_t = r_t + gamma * V(s_{t+1}) - V(s_t); the
-    returns, which the value function is to learn, are A_t + V(s_t).
+    A_t = delta_t + gamma * lambda * A_{t+1} within an episode, with delta_t = r_t + gamma * V(s_{t+1}) - V(s_t). Both
+    kinds of ending cut this sum; only a truncation keeps its V(s_{t+1}). The returns, which the value function is to
+    learn, are A_t + V(s_t).
     """
     advantage = torch.zeros_like(rollout.values[0])  # (N,)
     for t in reversed(range(len(rollout.rewards))):
@@ -172,8 +179,8 @@ def compute_advantages(rollout, gamma, gae_lambda):
     rollout.returns[:] = rollout.advantages + rollout.values
 
 
-def ppo_loss(output, minibatch, ppo, entropy_coef, processes=ALONE):
-    """The clipped surrogate objective with value loss and entropy bonus (eqs. 7 and 9), to be minimised.
+def ppo_loss(output, minibatch, ppo, entropy_coef, processes=SINGLE_PROCESS):
+    """The clipped surrogate objective with value loss and entropy bonus (Schulman et al. 2017, eqs. 7 and 9), negated.
 
     output: the models.PolicyOutput for `minibatch`, a Rollout of B decisions. Advantages are normalised over the
     minibatches of all processes. Returns the loss and a dict of detached metrics.
@@ -183,8 +190,8 @@ def ppo_loss(output, minibatch, ppo, entropy_coef, processes=ALONE):
     ratio = logratio.exp()
     advantages = minibatch.advantages
     if ppo.normalize_advantages:
-        everyones = processes.all_gather(advantages)
-        advantages = (advantages - everyones.mean()) / (everyones.std() + 1e-8)
+        gathered = processes.all_gather(advantages)
+        advantages = (advantages - gathered.mean()) / (gathered.std() + 1e-8)
     clipped = ratio.clamp(1 - ppo.clip_coef, 1 + ppo.clip_coef)
     policy_loss = -torch.min(ratio * advantages, clipped * advantages).mean()
 
@@ -212,18 +219,18 @@ def explained_variance(values, returns):
     return float(1 - (returns - values).var() / variance) if variance > 0 else float("nan")
 
 
-def update(policy, optimizer, rollout, ppo, entropy_coef, autocast, generator, processes=ALONE):
+def update(policy, optimizer, rollout, ppo, entropy_coef, autocast, generator, processes=SINGLE_PROCESS):
     """update_epochs passes over the rollout in shuffled minibatches. Returns metrics, means over all minibatches.
 
     With many processes, `policy` averages their gradients, and metrics are those of all their minibatches.
     """
     policy.train()
-    # What is shuffled are segments: successive decisions of one lander, which share most of their frames. Example with
-    # T = 4, N = 2, segments of 2, decisions numbered t * N + n: [0, 2], [1, 3] of landers 0 and 1, then [4, 6], [5, 7].
+    # The shuffle permutes segments: segment_length successive decisions of one lander. A policy that encodes frames one
+    # by one then encodes the frames that they share once. With length 1, the default, it is the ordinary shuffle.
+    # Example with T = 4, N = 2 and length 2: [0, 2], [1, 3] of landers 0 and 1, then [4, 6], [5, 7].
     num_envs, device = rollout.values.shape[1], rollout.values.device
     decisions = torch.arange(rollout.values.numel(), device=device).view(-1, ppo.segment_length, num_envs)
     segments = decisions.transpose(1, 2).reshape(-1, ppo.segment_length)
-    parameters = [p for p in policy.parameters() if p.requires_grad]
     sums, count = {}, 0
     for _ in range(ppo.update_epochs):
         epoch_kl, order = 0.0, torch.randperm(len(segments), generator=generator).to(device)
@@ -234,9 +241,9 @@ def update(policy, optimizer, rollout, ppo, entropy_coef, autocast, generator, p
             loss, metrics = ppo_loss(output, minibatch, ppo, entropy_coef, processes)
             for name, auxiliary in output.losses.items():
                 loss, metrics[f"{name}_loss"] = loss + auxiliary, auxiliary.detach()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             loss.backward()
-            metrics["grad_norm"] = nn.utils.clip_grad_norm_(parameters, ppo.max_grad_norm).detach()
+            metrics["grad_norm"] = nn.utils.clip_grad_norm_(policy.parameters(), ppo.max_grad_norm).detach()
             if not torch.isfinite(metrics["grad_norm"] + loss):
                 raise FloatingPointError(
                     f"loss {loss.item()}, gradient norm {metrics['grad_norm'].item()}; stopped before the optimizer")
@@ -255,14 +262,14 @@ def update(policy, optimizer, rollout, ppo, entropy_coef, autocast, generator, p
 
 
 def schedule(ppo, env_frames, late):
-    """Learning rate and entropy coefficient now: linear warm-up and annealing, then the late stage.
+    """Learning rate and entropy coefficient now: linear warm-up and annealing; in the late stage, both times a factor.
 
-    The late stage begins once the policy lands well. It needs small steps then, and no bonus for trying other actions.
+    `Trainer.iterate` decides when that begins. A policy that lands improves faster with small steps and no bonus.
     """
-    left = max(1 - env_frames / ppo.total_frames, 0) if ppo.anneal else 1
-    warm = min((env_frames + 1) / ppo.warmup_frames, 1) if ppo.warmup_frames else 1
+    remaining = max(1 - env_frames / ppo.total_frames, 0) if ppo.anneal else 1
+    warmup = min((env_frames + 1) / ppo.warmup_frames, 1) if ppo.warmup_frames else 1
     return (
-        ppo.learning_rate * left * warm * (ppo.late_learning_rate if late else 1),
+        ppo.learning_rate * remaining * warmup * (ppo.late_learning_rate if late else 1),
         ppo.entropy_coef * (ppo.late_entropy if late else 1))
 
 
@@ -270,21 +277,22 @@ def episode_means(episodes):
     """{metric: mean} of the EPISODE_METRICS; before the first episode has ended, a rate is 0 and any other mean nan."""
     if not episodes:
         return {key: 0.0 if key.endswith("_rate") else float("nan") for key in EPISODE_METRICS}
+    # A resumed run may have gained a metric that the episodes before did not measure.
     return {key: float(np.mean([episode.get(key, np.nan) for episode in episodes])) for key in EPISODE_METRICS}
 
 
 class Trainer:
     """Policy, optimizer and landers, and how far they have come; machinery.run.Run has all else of a run."""
 
-    def __init__(self, config, state=None, processes=ALONE):
-        """state: the dict in a checkpoint, to go on from it."""
+    def __init__(self, config, state=None, processes=SINGLE_PROCESS):
+        """state: the dict of a checkpoint, to resume from it."""
         keep_freed_memory()
         self.config, self.processes, env, seed = config, processes, config.env, config.run.seed
         self.device = choose_device(config.run.device, processes)
         self.num_threads = config.run.num_threads or cores_for(processes)
-        self.autocast = autocast(self.device, config.run.bf16)
+        self.autocast = make_autocast(self.device, config.run.bf16)
         torch.manual_seed(seed)
-        self.generator = torch.Generator().manual_seed(processes.seed(seed))  # shuffles minibatches
+        self.generator = torch.Generator().manual_seed(processes.seed(seed))  # for shuffles, and play before training
         self.policy = build_policy(config)
         if not state:
             self.policy.load_pretrained()
@@ -292,10 +300,10 @@ class Trainer:
         self.optimizer = torch.optim.Adam(
             self.policy.parameter_groups(), lr=config.ppo.learning_rate, eps=config.ppo.adam_eps)
         if processes.rank:
-            torch.manual_seed(processes.seed(seed))  # draws actions
+            torch.manual_seed(processes.seed(seed))  # weights are alike in all processes, sampled actions are not
         self.counters = {"env_frames": 0, "updates": 0, "late": False}
         self.recent = deque(maxlen=100)  # {metric: number} of the last episodes
-        self.between_updates = True  # else the weights are those of an update that is not done
+        self.weights_match_snapshot = True  # no update has touched them since the last `snapshot`
         self.envs = self._make_envs()
         if state:
             self._restore(state)
@@ -304,10 +312,10 @@ class Trainer:
             self._calibrate()
         newest = self.frames.chunk(env.frame_stack, dim=1)[-1].to(self.device)
         with self.autocast:
-            frame_store = self.policy.preprocess(newest)
-        actions = torch.from_numpy(np.zeros(self.envs.action_space.shape, self.envs.action_space.dtype))
-        self.rollout = Rollout.empty(config.ppo.num_steps, env.frame_stack, frame_store, actions)
-        self.learner = processes.parallel(self.policy, self.rollout[torch.zeros(1, dtype=torch.int64)])
+            example_store = self.policy.preprocess(newest)
+        example_actions = torch.from_numpy(np.zeros(self.envs.action_space.shape, self.envs.action_space.dtype))
+        self.rollout = Rollout.empty(config.ppo.num_steps, env.frame_stack, example_store, example_actions)
+        self.ddp_policy = processes.parallel(self.policy, self.rollout[torch.zeros(1, dtype=torch.int64)])
 
     def _make_envs(self):
         """This process's landers. Over all processes they are those that one process with as many would play."""
@@ -333,16 +341,16 @@ class Trainer:
         torch.set_num_threads(1)  # while the workers have the cores
         self.frames, stats = collect(self.envs, self.policy, self.rollout, self.frames, ppo.reward_scale, self.autocast)
         torch.set_num_threads(self.num_threads)
-        collected = time.perf_counter()
+        collect_end = time.perf_counter()
         compute_advantages(self.rollout, ppo.gamma, ppo.gae_lambda)
-        self.between_updates = False
-        learned = update(self.learner, self.optimizer, self.rollout, ppo, entropy_coef, self.autocast, self.generator,
-                         self.processes)
+        self.weights_match_snapshot = False
+        learning = update(self.ddp_policy, self.optimizer, self.rollout, ppo, entropy_coef, self.autocast,
+                          self.generator, self.processes)
         end = time.perf_counter()
 
-        everyones = self.processes.all_gather_object(stats)
-        env_frames = sum(stats["env_frames"] for stats in everyones)
-        self.recent.extend(episode for stats in everyones for episode in stats["episodes"])
+        gathered = self.processes.all_gather_object(stats)
+        env_frames = sum(stats["env_frames"] for stats in gathered)
+        self.recent.extend(episode for stats in gathered for episode in stats["episodes"])
         counters["env_frames"] += env_frames
         counters["updates"] += 1
         episodes = episode_means(self.recent)
@@ -350,12 +358,12 @@ class Trainer:
             counters["late"] |= episodes["return_mean"] >= ppo.late_return
         return {
             **{f"rollout/{key}": value for key, value in episodes.items()},
-            **{f"update/{key}": value for key, value in learned.items()},
+            **{f"update/{key}": value for key, value in learning.items()},
             "schedule/learning_rate": learning_rate,
             "schedule/entropy_coef": entropy_coef,
             "speed/frames_per_second": env_frames / (end - start),
-            "speed/collect_seconds": collected - start,
-            "speed/update_seconds": end - collected,
+            "speed/collect_seconds": collect_end - start,
+            "speed/update_seconds": end - collect_end,
         }
 
     def snapshot(self):
@@ -372,12 +380,12 @@ class Trainer:
         }
         shared = {"counters": dict(self.counters), "recent": list(self.recent)}
         if self.processes.size > 1 and self.processes.rank == 0:
-            shared |= copy.deepcopy(self.learned())
+            shared |= copy.deepcopy(self.state_dicts())
         snapshot = shared | own | {"peers": self.processes.all_gather_object(own)[1:]}
-        self.between_updates = True
+        self.weights_match_snapshot = True
         return snapshot
 
-    def learned(self):
+    def state_dicts(self):
         return {"policy": self.policy.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def _restore(self, state):
@@ -385,11 +393,11 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.counters |= {key: state["counters"][key] for key in self.counters}
         self.recent.extend(state["recent"])
-        self._rewind([state, *state.get("peers", [])][self.processes.rank])
+        self._restore_landers([state, *state.get("peers", [])][self.processes.rank])
 
-    def _rewind(self, snapshot):
+    def _restore_landers(self, snapshot):
         """Put landers and random numbers where they were at `snapshot`."""
-        self.frames = torch.from_numpy(self.envs.rewind(snapshot["landers"]))
+        self.frames = torch.from_numpy(self.envs.restore(snapshot["landers"]))
         self.generator.set_state(snapshot["generator"])
         torch.set_rng_state(snapshot["torch_rng"])
         if snapshot["cuda_rng"] and self.device.type == "cuda":
@@ -399,18 +407,18 @@ class Trainer:
         """New workers for failed ones. A rollout changes no weights, so `snapshot`, from before it, is enough."""
         self.envs.close()
         self.envs = self._make_envs()
-        self._rewind(snapshot)
+        self._restore_landers(snapshot)
 
     def close(self):
         self.envs.close()
 
 
 def train(trainer, run):
-    """Iterate until total_frames are done. `run` saves, scores, records, and repeats what a failed worker spoilt."""
-    with run.guarding():
+    """Iterate until total_frames are done. If a worker fails, `run` restarts the workers and iterates once more."""
+    with run.saving_on_exit():
         while trainer.counters["env_frames"] < trainer.config.ppo.total_frames:
-            metrics = run.attempt(trainer)
-            run.select(metrics)
+            metrics = run.iterate_with_retries(trainer)
+            run.score_candidate(metrics)
             run.record(metrics)
             run.save_when_due()
 
@@ -430,7 +438,7 @@ def main(argv=None):
             return
         with closing(Trainer(run.config, run.state, processes)) as trainer, run.recording(trainer):
             train(trainer, run)
-            trainer.close()
+            trainer.close()  # the final score has the cores for itself
             run.score()
 
 

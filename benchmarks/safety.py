@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from evaluate import evaluate, play
 from machinery.config import ConfigError, load_config
-from machinery.processes import ALONE
+from machinery.processes import SINGLE_PROCESS
 from machinery.run import open_run
 from plot import draw_run
 from train import Trainer, train
@@ -56,11 +56,11 @@ def main():
         args.config, args.resume = str(Path(args.config).resolve()), None
         args.overrides += [f"ppo.total_frames={args.updates * per_update}", f"tracking.uri=sqlite:///{name}/mlflow.db"]
         os.chdir(name)
-        with (open_run(args, ALONE, play, evaluate, draw_run) as run, closing(Trainer(run.config)) as trainer,
+        with (open_run(args, SINGLE_PROCESS, play, evaluate, draw_run) as run, closing(Trainer(run.config)) as trainer,
               run.recording(trainer)):
             run.snapshot = clocked(seconds, "bookkeeping", run.snapshot)
             run.save = clocked(saving, "checkpoints", run.save)
-            run.select = clocked(scoring, "candidates", run.select)  # no part of safety
+            run.score_candidate = clocked(scoring, "candidates", run.score_candidate)  # no part of safety
             run.tracker.log = clocked(seconds, "metrics", run.tracker.log)
             if run.tracker.sender:  # another thread, which takes nothing but processor time
                 run.tracker.sender.send = clocked(seconds, "MLflow", run.tracker.sender.send, time.thread_time)

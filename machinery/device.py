@@ -29,8 +29,8 @@ def cores_for(processes):
     return max(len(os.sched_getaffinity(0)) // processes.local_size, 1)
 
 
-def autocast(device, bf16):
-    """The context in which a policy is called. bf16: as run.bf16, None: where the hardware computes it."""
+def make_autocast(device, bf16):
+    """The context in which a policy is called. bf16 is run.bf16; None: where the hardware computes it."""
     return torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device) if bf16 is None else bf16)
 
 

@@ -91,7 +91,7 @@ class Processes:
         return self.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
-ALONE = Processes()
+SINGLE_PROCESS = Processes()
 
 
 def launcher(processes, machines=1):

@@ -1,12 +1,14 @@
-"""A training run from its begin to its end: what it has earned is saved, scored, recorded, and survives trouble.
+"""A training run from start to end: its checkpoints, scores, records and faults.
 
-    with open_run(args, processes, play, evaluate, draw_run) as run:    # begins runs/NAME, or goes on with it
+    with open_run(args, processes, play, evaluate, draw_run) as run:  # begins runs/NAME, or goes on with it
         trainer = Trainer(run.config, run.state, processes)
-        with run.recording(trainer):                                    # metrics.csv, MLflow
-            with run.guarding():                                        # the last iteration is saved, whatever happens
-                metrics = run.attempt(trainer)
-                run.select(metrics), run.record(metrics), run.save_when_due()
-            run.score()                                                 # the best policy on unseen episodes
+        with run.recording(trainer):                                  # metrics.csv, MLflow
+            with run.saving_on_exit():                                # the last iteration is saved, whatever happens
+                metrics = run.iterate_with_retries(trainer)
+                run.score_candidate(metrics)
+                run.record(metrics)
+                run.save_when_due()
+            run.score()                                               # the best policy on unseen episodes
 
 Of many processes the first alone scores, records and writes.
 """
@@ -64,17 +66,17 @@ def open_run(args, processes, play, evaluate, draw_run):
             processes.join()
             found = start_run(args, lock, processes.size) if processes.rank == 0 else None
             run.config, run.folder, run.state = processes.broadcast(found)
-            run.take_up(run.state)
+            run.start_or_resume(run.state)
             yield run
     except Interrupted as interruption:
         if processes.rank == 0:
-            print(f"{interruption}: {run.how_to_go_on()}", flush=True)
+            print(f"{interruption}: {run.resume_hint()}", flush=True)
         raise
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if processes.lost(error):
             if processes.rank:
                 sys.exit(1)  # the first process tells
-            raise TrainingError(f"another process of this training ended: {run.how_to_go_on()}") from None
+            raise TrainingError(f"another process of this training ended: {run.resume_hint()}") from None
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
             raise  # what torch raises on a CPU says that it cannot allocate memory
         raise TrainingError(
@@ -83,7 +85,7 @@ def open_run(args, processes, play, evaluate, draw_run):
 
 
 class Run:
-    """What belongs to a run and is not PPO's affair: its folder, its records, its best policy, its signals."""
+    """All of a run except PPO: its folder, its records, its best policy, its signals."""
 
     def __init__(self, processes, play, evaluate, draw_run):
         self.processes, self.play, self.evaluate, self.draw_run = processes, play, evaluate, draw_run
@@ -92,8 +94,8 @@ class Run:
         self.resume_command = f"{launcher(processes.size, processes.size // processes.local_size)} train.py --resume"
         self.unsaved_best = None  # bytes of the policy file that a full disk did not take
 
-    def take_up(self, state):
-        """Begin, or go on where `state`, the dict in a checkpoint, was saved."""
+    def start_or_resume(self, state):
+        """Counters of a new run, or those of `state`, the dict of a checkpoint."""
         self.counters = {
             "seconds": 0.0,  # of training and of scoring candidates
             "best": None,  # score of the best policy so far
@@ -117,8 +119,8 @@ class Run:
             print(f"{self.folder}: finished, {frames:,} frames; a larger ppo.total_frames goes on")
         return True
 
-    def how_to_go_on(self):
-        """What can be done after an early end."""
+    def resume_hint(self):
+        """How to go on after an early end."""
         if self.folder and any(self.folder.glob("checkpoints/*.ckpt")):
             return f"saved; go on with: {self.resume_command} {self.folder}"
         return "stopped before there was anything to save"
@@ -143,13 +145,14 @@ class Run:
             self._mark_scored()
 
     @contextmanager
-    def guarding(self):
-        """The last whole iteration is saved, however this ends. A signal waits for the end of the iteration."""
+    def saving_on_exit(self):
+        """The last whole iteration is saved, however the block ends. A signal waits for the end of the iteration."""
         frames = self.trainer.counters["env_frames"]
         silent = self.tracker is None or not self.config.tracking.progress
         self.progress = Progress(self.config.ppo.total_frames, frames, silent=silent)
         self.diagnostics = Diagnostics(self.config)
-        self.boundary, self.saved, self.watch.deferred = self.snapshot(), frames, True
+        self.last_snapshot, self.saved_frames = self.snapshot(), frames
+        self.watch.deferred = True
         try:
             self.save()  # a disk that takes none is found out now, not in an hour
         except OSError as error:
@@ -159,9 +162,9 @@ class Run:
             yield
         finally:
             self.progress.close()
-            # A rollout changes no weights: if the iteration was cut off in it, the last boundary is still whole.
-            whole = self.trainer.between_updates or "policy" in self.boundary
-            if whole and self.boundary["counters"]["env_frames"] != self.saved:
+            # Collecting changes no weights: if the iteration was cut off there, they still match the last snapshot.
+            whole = self.trainer.weights_match_snapshot or "policy" in self.last_snapshot
+            if whole and self.last_snapshot["counters"]["env_frames"] != self.saved_frames:
                 try:
                     self.save()
                 except OSError as error:
@@ -169,15 +172,15 @@ class Run:
                         f"the last checkpoint could not be saved ({error.strerror}); those in "
                         f"{self.folder}/checkpoints are older") from None
         self.watch.deferred = False
-        self.watch.check()  # for a signal after the last boundary
+        self.watch.check()  # for a signal after the last iteration
 
-    def attempt(self, trainer):
+    def iterate_with_retries(self, trainer):
         """The metrics of one iteration. A rollout whose workers fail is played again, bit for bit, by new ones."""
         failures = 0
         while True:
             try:
                 if failures:
-                    trainer.restart_workers(self.boundary)
+                    trainer.restart_workers(self.last_snapshot)
                 return trainer.iterate()
             except WorkerError as error:
                 time.sleep(0.2)  # a signal to the whole group may reach the workers before it reaches us
@@ -188,19 +191,22 @@ class Run:
                 self.progress.say(f"{error}; going on with new workers, which repeat this rollout")
             except FloatingPointError as error:
                 raise TrainingError(
-                    f"update {trainer.counters['updates'] + 1}: {error} and before a checkpoint took it, those in "
-                    f"{self.folder}/checkpoints are good. Resuming would come to the same; a new run with a smaller "
-                    "ppo.learning_rate or ppo.max_grad_norm usually helps") from None
+                    f"update {trainer.counters['updates'] + 1}: {error}. The checkpoints in {self.folder}/checkpoints "
+                    "are good, but resuming would come to the same; a new run with a smaller ppo.learning_rate, "
+                    "ppo.max_grad_norm or ppo.reward_scale usually helps") from None
 
-    def select(self, metrics):
-        """Every so often, play episodes of their own seeds greedily and keep the policy that scored best so far."""
+    def score_candidate(self, metrics):
+        """Every evaluation.interval frames, play greedy episodes on seeds of their own and keep the best policy so far.
+
+        Adds eval/return_mean and eval/landed_rate to `metrics`, nan where nothing was played.
+        """
         settings, counters, start = self.config.evaluation, self.counters, time.perf_counter()
         frames, policy = self.trainer.counters["env_frames"], self.trainer.policy
         counters["scored"] = None
         counters["seconds"] += metrics.get("speed/collect_seconds", 0) + metrics.get("speed/update_seconds", 0)
         metrics |= {"eval/return_mean": math.nan, "eval/landed_rate": math.nan}
         if self.processes.rank:
-            return  # and wait for the first process at the next boundary
+            return  # and wait for the first process at the next exchange
         if frames < min(counters["next_evaluation"], self.config.ppo.total_frames):
             return
         if frames >= counters["next_evaluation"]:  # at the end it may not be
@@ -219,7 +225,7 @@ class Run:
             self.progress.say(f"best policy not saved ({error.strerror}); training goes on and will try again")
 
     def record(self, metrics):
-        """Hand an iteration's numbers, and now and then videos and curves, to whoever watches."""
+        """An iteration's numbers go to metrics.csv, MLflow and the terminal; now and then videos and curves, too."""
         frames, say = self.trainer.counters["env_frames"], self.progress.say
         if self.tracker:
             try:
@@ -253,35 +259,35 @@ class Run:
         return [] if recorder.failure else recorder.paths
 
     def save_when_due(self):
-        """The iteration is done: remember where everything is, stop if a signal came, save now and then."""
-        self.boundary = self.snapshot()
+        """The iteration is done: take a snapshot, stop if a signal came, save if checkpoint_interval says so."""
+        self.last_snapshot = self.snapshot()
         self.watch.check_all()
         frames = self.trainer.counters["env_frames"]
-        if frames - self.saved >= self.config.tracking.checkpoint_interval:
+        if frames - self.saved_frames >= self.config.tracking.checkpoint_interval:
             try:
                 if self.tracker:
                     self.tracker.flush()
                 self.save()
-                self.saved = frames
+                self.saved_frames = frames
             except OSError as error:
                 self.progress.say(f"checkpoint not saved ({error.strerror}); training goes on and will try again")
 
     def snapshot(self):
-        """What a checkpoint holds besides config, weights and optimizer."""
+        """A checkpoint's content besides the config, and of a single process besides weights and optimizer."""
         snapshot = self.trainer.snapshot()
         return snapshot | {"counters": snapshot["counters"] | self.counters, "run_id": self.run_id}
 
     def save(self):
-        """Write a checkpoint of the last boundary, and before it the best policy that a full disk refused.
+        """Write a checkpoint of the last snapshot, and before it the best policy that a full disk refused.
 
         OSError leaves the old checkpoints.
         """
         if self.processes.rank:
             return
         self._save_best()
-        folder, frames = self.folder / "checkpoints", self.boundary["counters"]["env_frames"]
+        folder, frames = self.folder / "checkpoints", self.last_snapshot["counters"]["env_frames"]
         config = {"config": self.config.model_dump(mode="json")}
-        save_checkpoint(folder / f"{frames:012d}.ckpt", config | self.trainer.learned() | self.boundary)
+        save_checkpoint(folder / f"{frames:012d}.ckpt", config | self.trainer.state_dicts() | self.last_snapshot)
         for old in sorted(folder.glob("*.ckpt"))[: -self.config.tracking.keep]:
             old.unlink(missing_ok=True)
 
@@ -311,7 +317,7 @@ class Run:
     def _score(self):
         config, folder, settings = self.config, self.folder, self.config.evaluation
         if self.counters["best"] is None:  # total_frames was lowered to less than what was trained without a score
-            self.select({})
+            self.score_candidate({})
         self._draw_curves(print)
         for name in ("config.yaml", "metrics.csv"):
             self.tracker.artifact(folder / name)

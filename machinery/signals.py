@@ -2,7 +2,7 @@
 
 import signal
 
-from machinery.processes import ALONE
+from machinery.processes import SINGLE_PROCESS
 
 
 class Interrupted(SystemExit):
@@ -23,7 +23,7 @@ class SignalWatch:
     torchrun sends each process a signal that it may have received already, and kills all of them after half a minute.
     """
 
-    def __init__(self, processes=ALONE):
+    def __init__(self, processes=SINGLE_PROCESS):
         self.received, self.deferred, self.processes = None, False, processes
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup

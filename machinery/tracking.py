@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (  # one of the two Box2D packages, whichever gymnasium asked for
     "torch", "torchvision", "gymnasium", "box2d", "box2d-py", "pygame-ce", "opencv-python-headless", "numpy", "mlflow")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
-PATIENCE = 90  # seconds for a store to answer: it makes a new store's tables in 6 s, on a busy machine in 30 s
+TIMEOUT = 90  # seconds for a store to answer: it makes a new store's tables in 6 s, on a busy machine in 30 s
 
 
 class TrackingError(UserError):
@@ -255,12 +255,12 @@ class Sender(threading.Thread):
             self.files.popleft()
         return not self.files
 
-    def close(self, patience=30.0):
-        """Wait until all is sent, or nothing gets through for `patience` seconds. Returns (updates, files) left."""
+    def close(self, timeout=30.0):
+        """Wait until all is sent, or nothing gets through for `timeout` seconds. Returns (updates, files) left."""
         self.ended.set()
         left, before = self.left(), None
         while self.is_alive() and left != before:
-            self.join(patience)
+            self.join(timeout)
             left, before = self.left(), left
         self.given_up.set()
         return left
@@ -290,9 +290,9 @@ def connect(settings, folder):
 
     threading.Thread(target=work, daemon=True).start()  # a daemon: one that hangs does not keep the process alive
     try:
-        return answer.result(PATIENCE)
+        return answer.result(TIMEOUT)
     except TimeoutError:
-        raise store_error(settings, f"no answer within {PATIENCE} s") from None
+        raise store_error(settings, f"no answer within {TIMEOUT} s") from None
     except Exception as error:
         raise store_error(settings, error) from error
 
@@ -309,7 +309,7 @@ def check_database(uri):
             raise IsADirectoryError(f"{url.database} is a folder")
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
     # A SQLite database may be held by another process for so many seconds.
-    engine = sqlalchemy.create_engine(url, connect_args={"timeout": PATIENCE / 3} if is_sqlite else {})
+    engine = sqlalchemy.create_engine(url, connect_args={"timeout": TIMEOUT / 3} if is_sqlite else {})
     try:
         with engine.connect() as connection:
             for statement in ("BEGIN IMMEDIATE", "PRAGMA user_version = 0", "ROLLBACK") if is_sqlite else ():

@@ -23,7 +23,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from runs import CONFIG, TINY, command, only_run
 
-PATIENCE = 180  # seconds until a page must show what it shall; minutes where cores are few and busy
+TIMEOUT = 180  # seconds until a page must show what it shall; minutes where cores are few and busy
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update", "--window-size=1500,1100")
@@ -38,7 +38,7 @@ def free_port():
 class Pages:
     def __init__(self, browser, address, screenshots):
         self.browser, self.address, self.screenshots = browser, address, screenshots
-        self.wait = WebDriverWait(browser, PATIENCE)
+        self.wait = WebDriverWait(browser, TIMEOUT)
 
     def open(self, page, shows, what):
         """Open a page, wait until `shows(browser)` is true, keep a picture of it."""
@@ -82,7 +82,7 @@ def plays_video(browser):
     return duration > 0 and at > 0 and f"at {at:.2f} of {duration:.2f} s"
 
 
-def look(browser, address, run_id, experiment, video, screenshots):
+def visit(browser, address, run_id, experiment, video, screenshots):
     pages = Pages(browser, address, screenshots)
     here = f"experiments/{experiment}/runs/{run_id}"
     pages.open(f"experiments/{experiment}/runs", has_texts("watched", "Training runs"), "experiment")
@@ -116,13 +116,13 @@ def main():
         for flag in (*FLAGS, f"--user-data-dir={folder / 'browser'}"):
             options.add_argument(flag)
         try:
-            deadline = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + TIMEOUT
             while socket.socket().connect_ex(("127.0.0.1", port)):
                 assert time.monotonic() < deadline, "mlflow ui did not start"
                 time.sleep(0.5)
             browser = webdriver.Chrome(options, webdriver.ChromeService("/usr/bin/chromedriver"))
             try:
-                look(browser, f"http://127.0.0.1:{port}", found.info.run_id, found.info.experiment_id, videos[-1],
+                visit(browser, f"http://127.0.0.1:{port}", found.info.run_id, found.info.experiment_id, videos[-1],
                      screenshots)
             finally:
                 browser.quit()

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from evaluate import evaluate, play
-from machinery.processes import ALONE
+from machinery.processes import SINGLE_PROCESS
 from machinery.run import open_run
 from machinery.terminal import Progress
 from plot import draw_run
@@ -72,9 +72,9 @@ def begun(folder, overrides):
     os.chdir(folder)
     try:
         args = argparse.Namespace(resume=None, config=str(CONFIG), overrides=[*overrides, "run.name=begun"])
-        with open_run(args, ALONE, play, evaluate, draw_run) as run, closing(Trainer(run.config)) as trainer:
+        with open_run(args, SINGLE_PROCESS, play, evaluate, draw_run) as run, closing(Trainer(run.config)) as trainer:
             run.watch.deferred, run.trainer, run.progress = True, trainer, Progress(1, 0, silent=True)
-            run.boundary, run.saved = run.snapshot(), 0
+            run.last_snapshot, run.saved_frames = run.snapshot(), 0
             yield run
     finally:
         os.chdir(here)

@@ -269,7 +269,7 @@ def test_worker_that_fails_while_episodes_are_played_again_is_named(number, mess
     pair.workers.long_timeout = 5  # seconds; the other worker may be slow
     os.kill(pair.workers.processes[1].pid, number)
     with pytest.raises(WorkerError, match=message):
-        pair.rewind(pair.state)
+        pair.restore(pair.state)
 
 
 def test_frozen_worker_does_not_outlive_its_trainer():
@@ -414,7 +414,7 @@ def test_state_restores_landers_in_mid_episode():
         for _ in range(40):
             frames = envs.step(rng.integers(4, size=6))[0]
         assert max(episodes for episodes, _ in envs.state) > 1
-        np.testing.assert_array_equal(others.rewind(envs.state), frames)
+        np.testing.assert_array_equal(others.restore(envs.state), frames)
         for _ in range(60):
             actions = rng.integers(4, size=6)
             for mine, theirs in zip(envs.step(actions)[:4], others.step(actions)[:4], strict=True):

@@ -171,15 +171,15 @@ def a_run(tmp_path_factory):
 
 def test_best_policy_that_a_full_disk_refused_is_saved_later(a_run, capsys):
     """And before the checkpoint that counts on it."""
-    file, metrics = a_run.folder / "checkpoints" / "policy.safetensors", a_run.attempt(a_run.trainer)
+    file, metrics = a_run.folder / "checkpoints" / "policy.safetensors", a_run.iterate_with_retries(a_run.trainer)
     with no_room():
-        a_run.select(metrics)
+        a_run.score_candidate(metrics)
         assert "best policy not saved (File too large); training goes on and will try again" in capsys.readouterr().out
         with pytest.raises(OSError, match=r"File too large: .*policy\.safetensors"):
             a_run.save()
     assert a_run.counters["best"] == metrics["eval/return_mean"]
     assert list(file.parent.iterdir()) == []
-    a_run.boundary = a_run.snapshot()
+    a_run.last_snapshot = a_run.snapshot()
     a_run.save()
     weights = load_policy(file)[0].state_dict()
     assert all(torch.equal(weights[key], tensor) for key, tensor in a_run.trainer.policy.state_dict().items())
@@ -190,7 +190,7 @@ def test_weights_that_are_not_finite_are_named(a_run):
     trainer.policy.register_buffer("stray", torch.tensor(float("inf")))
     with pytest.raises(FloatingPointError, match="the weights are not finite"):
         trainer.iterate()
-    assert not trainer.between_updates  # so that no checkpoint takes them
+    assert not trainer.weights_match_snapshot  # so that no checkpoint takes them
     del trainer.policy.stray
     trainer.policy.actor.bias.data[0] = float("nan")
     with pytest.raises(FloatingPointError, match="the policy's logits or values"):

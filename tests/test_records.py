@@ -166,7 +166,7 @@ def test_store_that_cannot_be_used_is_one_line(uri, cause, tmp_path):
 def test_store_that_does_not_answer_is_given_up(tmp_path, monkeypatch):
     hanging = threading.Event()
     monkeypatch.setattr(mlflow, "set_experiment", lambda name: hanging.wait(60))
-    monkeypatch.setattr(tracking, "PATIENCE", 0.5)
+    monkeypatch.setattr(tracking, "TIMEOUT", 0.5)
     start = time.monotonic()
     with pytest.raises(TrackingError, match=r"MLflow store .*mlflow\.db cannot be used: no answer within 0\.5 s"):
         connect(settings(f"sqlite:///{tmp_path}/mlflow.db").tracking, tmp_path)
@@ -175,7 +175,7 @@ def test_store_that_does_not_answer_is_given_up(tmp_path, monkeypatch):
 
 
 def test_store_that_another_process_holds_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking, "PATIENCE", 3)
+    monkeypatch.setattr(tracking, "TIMEOUT", 3)
     holder = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)
     holder.execute("BEGIN EXCLUSIVE")
     with pytest.raises(TrackingError, match="cannot be used: database is locked;"):

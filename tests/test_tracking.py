@@ -136,7 +136,7 @@ def test_files_that_never_get_through_are_counted():
     sender = sender_of(Store(broken=1000))
     sender.files.append((ROOT / "README.md", None))
     sender.start()
-    assert sender.close(patience=0.2) == (0, 1)
+    assert sender.close(timeout=0.2) == (0, 1)
     sender.join(10)
     assert not sender.is_alive()
 
@@ -156,7 +156,7 @@ def test_metrics_that_the_store_refuses_are_sent_later_in_their_order(capsys):
 def test_metrics_that_never_get_through_are_counted():
     sender = sender_of(Store(no_metrics=1000), {"frames": 1, "a": 0.5}, {"frames": 2, "a": 0.5})
     sender.start()
-    assert sender.close(patience=0.2) == (2, 0)
+    assert sender.close(timeout=0.2) == (2, 0)
 
 
 LOAD = {f"system/{name}" for name in (
@@ -244,16 +244,16 @@ def test_milestones_and_curves_reach_mlflow_and_change_no_number(tmp_path, monke
 def test_a_milestone_is_filmed_once_also_after_a_resume_and_draws_no_random_number(tmp_path, monkeypatch):
     monkeypatch.setattr("machinery.run.MILESTONES", MILESTONES)
     with begun(tmp_path, [*TINY, *BARE]) as run:
-        metrics, before = run.attempt(run.trainer), run.snapshot()
+        metrics, before = run.iterate_with_retries(run.trainer), run.snapshot()
         assert [path.exists() for path in run.film_milestones(metrics)] == [True]
-        after = run.boundary = run.snapshot()
+        after = run.last_snapshot = run.snapshot()
         assert before["counters"]["milestones"] == []
         assert after["counters"]["milestones"] == ["first-landing"]
         assert torch.equal(before["generator"], after["generator"])
         assert torch.equal(before["torch_rng"], after["torch_rng"])
         assert run.film_milestones(metrics) == []
         run.save()
-        run.take_up(load_checkpoint(run.folder))
+        run.start_or_resume(load_checkpoint(run.folder))
         assert run.film_milestones(metrics) == []
 
 

@@ -196,12 +196,12 @@ def test_a_run_that_goes_on_is_scored_as_often_as_it_now_says(tmp_path, monkeypa
     with begun(tmp_path, [*TINY, *BARE, "evaluation.interval=1000", "ppo.total_frames=1500"]) as run:
         for frames, following in ((900, 1000), (1010, 2000), (1500, 2000)):
             run.trainer.counters["env_frames"] = frames
-            run.select({})
+            run.score_candidate({})
             assert run.counters["next_evaluation"] == following
         state = run.snapshot()
     for interval, following in ((1000, 2000), (100, 1600)):
         run.config = load_config(CONFIG, [*TINY, f"evaluation.interval={interval}"])
-        run.take_up(state)
+        run.start_or_resume(state)
         assert run.counters["next_evaluation"] == following
 
 
