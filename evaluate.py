@@ -110,7 +110,7 @@ def summarize(returns, lengths, outcomes):
 
 def evaluate(policy, config, checkpoint, output, episodes=100, seed=EVALUATION_SEED, videos=0, sample=False,
              report_name="report.json", video_name="seed-{seed}", panel=False):
-    """Score `policy`, write the report and the videos of the first `videos` episodes under `output`; the report."""
+    """Score `policy`, print the report, write it and the videos of the first `videos` episodes to `output`; the report."""
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     make_panel = None
@@ -136,11 +136,8 @@ def evaluate(policy, config, checkpoint, output, episodes=100, seed=EVALUATION_S
         "seconds": time.perf_counter() - start,
         **summarize(*results),
     }
-    try:
-        write_atomically(output / report_name, (json.dumps(report, indent=2) + "\n").encode())
-    except OSError:
-        print_report(report)  # a full disk must not cost the score
-        raise
+    print_report(report)  # before it is written: a full disk must not cost the score
+    write_atomically(output / report_name, (json.dumps(report, indent=2) + "\n").encode())
     return report
 
 
@@ -192,10 +189,9 @@ def main(argv=None):
         if output is None:
             folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent
             output = folder / "evaluation"
-        report = evaluate(
+        evaluate(
             policy, config, checkpoint, output, args.episodes, args.seed, min(args.videos, args.episodes), args.sample,
             panel=args.panel)
-    print_report(report)
     filmed = any((output / "videos").glob("*.mp4"))
     print(f"  written  {output / 'report.json'}" + (f", {output / 'videos'}" if args.videos and filmed else ""))
     if args.webp:

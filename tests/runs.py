@@ -107,8 +107,8 @@ def wait_until_held(process, folder, held, processes=1, seconds=300):
 
 
 def workers_of(process):
-    """The lander processes: children of the fork server, which is a child of the trainer."""
-    return [child for child in psutil.Process(process.pid).children(recursive=True) if child.ppid() != process.pid]
+    """The processes that play landers; another child of the trainer keeps account of shared memory."""
+    return [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
 
 
 def only_run(folder):
