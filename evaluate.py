@@ -110,7 +110,7 @@ def summarize(returns, lengths, outcomes):
 
 def evaluate(policy, config, checkpoint, output, episodes=100, seed=EVALUATION_SEED, videos=0, sample=False,
              report_name="report.json", video_name="seed-{seed}", panel=False):
-    """Score `policy`, print the report, write it and the videos of the first `videos` episodes to `output`; the report."""
+    """Score `policy`, print the report, write it and the videos of the first `videos` episodes; the report."""
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     make_panel = None
