@@ -16,15 +16,15 @@ Nothing here imports torch: AsyncVectorEnv's workers start by importing this mod
 import atexit
 import ctypes
 import math
-import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import partial, wraps
 from multiprocessing import resource_tracker
 
 import cv2
@@ -259,6 +259,21 @@ def _(space, index, stacks, shared_memory):
         place[:] = stack
 
 
+class EnvError(Exception):
+    """An exception of a worker's environment, named: its own class may be one that cannot be sent to the trainer."""
+
+
+def _sendable_errors(method):
+    """Exceptions cross from worker to trainer by pickle, which those that hold a foreign object do not survive."""
+    @wraps(method)
+    def call(*args, **settings):
+        try:
+            return method(*args, **settings)
+        except Exception as error:
+            raise EnvError(f"{type(error).__name__}: {error}") from error
+    return call
+
+
 class LanderGroup(gym.Env):
     """Several landers stepped in turn: the environment that one worker of AsyncVectorEnv plays.
 
@@ -287,6 +302,7 @@ class LanderGroup(gym.Env):
     def _begin(self, i):
         self.landers[i].reset(self.generators[i].integers(TRAINING_SEEDS))
 
+    @_sendable_errors
     def restore(self, state, first_env=0):
         """Restore this group's part of a LanderVectorEnv.state whose first lander is number `first_env`; the frames."""
         own = state[self.first_env - first_env :][: len(self.landers)]
@@ -298,11 +314,13 @@ class LanderGroup(gym.Env):
                 self.landers[i].step(action)
         return self.frames
 
+    @_sendable_errors
     def reset(self, *, seed=None, options=None):
         for i in range(len(self.landers)):
             self._begin(i)
         return self.frames, {}
 
+    @_sendable_errors
     def step(self, actions):
         """One decision each. Returns frames, M times uint8 (K, H, W), and rewards, terminated, truncated, each (M,).
 
@@ -317,8 +335,7 @@ class LanderGroup(gym.Env):
             rewards[i], terminated[i], truncated[i] = lander.play(int(actions[i]))
             info["env_frames"][i] = lander.episode_length - length
         # Drawing all of them after playing all of them keeps each part's code in the processor's cache.
-        seen = views([lander.lander for lander in self.landers])
-        for lander, view in zip(self.landers, seen, strict=True):
+        for lander, view in zip(self.landers, views([lander.lander for lander in self.landers]), strict=True):
             lander.observe(view)
         ended = np.flatnonzero(terminated | truncated)
         if len(ended):
@@ -334,12 +351,12 @@ class LanderGroup(gym.Env):
         return self.frames, rewards, terminated, truncated, info
 
 
-def _make_group(*args, **settings):
-    """What a worker begins with; AsyncVectorEnv also calls it once in the trainer, to learn the spaces."""
-    trainer = multiprocessing.parent_process()
-    if trainer and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not even a frozen worker outlives its trainer
-        if os.getppid() != trainer.pid:  # which has died before it was asked for
+def _make_group(trainer, *args, **settings):
+    """The LanderGroup of a worker, and of the trainer, whose pid is `trainer`: there it tells the spaces."""
+    if os.getpid() != trainer and sys.platform == "linux":
+        # PR_SET_PDEATHSIG: not even a frozen worker outlives its trainer, or the thread of it that started the worker.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        if os.getppid() != trainer:  # it has died already
             os._exit(1)
     return LanderGroup(*args, **settings)
 
@@ -355,14 +372,12 @@ class Workers(AsyncVectorEnv):
     long_timeout = 180.0  # seconds; to start, or to play the landers' episodes again, takes a few
 
     def __init__(self, make_groups):
-        watch = threading.Timer(self.long_timeout, self._kill)  # gymnasium waits for new workers without a limit
-        watch.daemon = True
-        watch.start()
         try:
             # copy=False: the caller copies what it keeps. spawn: forking a process whose libraries have started
             # threads can hang; and a worker is a child of the trainer itself, as it is not with forkserver.
             # DISABLED: a LanderGroup resets by itself.
-            super().__init__(make_groups, copy=False, context="spawn", autoreset_mode=AutoresetMode.DISABLED)
+            with _time_limit(self.long_timeout, self._kill), _main_script_hidden(), _interrupt_blocked():
+                super().__init__(make_groups, copy=False, context="spawn", autoreset_mode=AutoresetMode.DISABLED)
         except BaseException as error:
             if not getattr(self, "processes", None):  # it failed in the trainer itself
                 if isinstance(error, OSError):
@@ -373,9 +388,9 @@ class Workers(AsyncVectorEnv):
             if not isinstance(error, Exception):  # a signal
                 raise
             raise WorkerError(f"{cause}; it could not start, and what it said itself is above") from error
-        finally:
-            watch.cancel()
-        atexit.register(self._kill)  # multiprocessing joins its processes at exit, and waits for a frozen one for ever
+        # multiprocessing joins its processes at exit, and waits for a frozen one for ever.
+        processes = self.processes
+        self._at_exit = atexit.register(lambda: _kill(processes))
 
     @contextmanager
     def worker_errors(self, timeout):
@@ -390,11 +405,14 @@ class Workers(AsyncVectorEnv):
     def cause(self, error, timeout):
         """Which worker is to blame for `error`, and how."""
         for i, (process, pipe) in enumerate(zip(self.processes, self.parent_pipes, strict=True)):
+            told = error if isinstance(error, EnvError) else f"{type(error).__name__}: {error}"
             if pipe is None:  # gymnasium has taken its error message
-                return f"worker {i} raised {type(error).__name__}: {error}"
+                return f"worker {i} raised {told}"
             if process.pid is None:
-                return f"worker {i} was not started: {type(error).__name__}: {error}"
-            process.join(timeout=0.1)
+                return f"worker {i} was not started: {told}"
+            # Between the end of its pipe and its own end a process may take a second, for the libraries it has loaded.
+            ending = isinstance(error, (EOFError, ConnectionError)) and pipe.poll(0)
+            process.join(timeout=5 if ending else 0.1)
             if not process.is_alive():
                 return f"worker {i} died, exit code {process.exitcode}"
         silent = [i for i, pipe in enumerate(self.parent_pipes) if not pipe.poll(0)]
@@ -403,16 +421,21 @@ class Workers(AsyncVectorEnv):
     def close_extras(self, **_):
         """Kill the workers: they hold nothing that is not known here, and one that died or froze cannot be asked."""
         self._kill()
+        atexit.unregister(getattr(self, "_at_exit", None))
         for pipe in getattr(self, "parent_pipes", ()):
             if pipe:
                 pipe.close()
 
     def _kill(self):
-        started = [process for process in getattr(self, "processes", ()) if process.pid]
-        for process in started:
-            process.kill()
-        for process in started:
-            process.join(timeout=5)
+        _kill(getattr(self, "processes", ()))
+
+
+def _kill(processes):
+    started = [process for process in processes if process.pid]
+    for process in started:
+        process.kill()
+    for process in started:
+        process.join(timeout=5)
 
 
 class LanderVectorEnv(VectorEnv):
@@ -491,6 +514,40 @@ def _spread(processes):
 
 
 @contextmanager
+def _time_limit(seconds, kill):
+    """Call `kill` after so many seconds, or at once at a signal, if the block has not ended by then.
+
+    gymnasium waits for new workers without a limit, and meanwhile no handler of a signal can run.
+    """
+    reader, writer = socket.socketpair()
+    reader.settimeout(seconds)
+    writer.setblocking(False)
+
+    def wait():
+        try:
+            ended = reader.recv(1) == b"\0"  # else it is the number of a signal
+        except TimeoutError:
+            ended = False
+        if not ended:
+            kill()
+
+    watch = threading.Thread(target=wait, daemon=True)
+    watch.start()  # before a signal may be blocked, so that one thread at least takes it
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False) if in_main_thread else -1
+    try:
+        yield
+    finally:
+        if in_main_thread:
+            signal.set_wakeup_fd(before)
+        with suppress(BlockingIOError):
+            writer.send(b"\0")
+        watch.join()
+        reader.close()
+        writer.close()
+
+
+@contextmanager
 def _main_script_hidden():
     """Processes that start meanwhile do not import the main script: train.py would load torch, 400 MB in 2 s."""
     main = sys.modules["__main__"]
@@ -527,17 +584,17 @@ def make_vector_env(num_envs, num_workers, seed=0, frame_skip=4, frame_stack=4, 
                     first_env=0):
     """A LanderVectorEnv of num_envs landers in num_workers processes.
 
-    The landers are numbered from first_env on; a lander's episodes depend on its number and on `seed` alone.
+    The landers are numbered from first_env on; a lander's episodes depend on its number and on `seed` alone. Call it
+    from the main thread: on Linux the workers end with the thread that started them.
     """
     m = num_envs // num_workers
     settings = {
         "seed": seed, "frame_skip": frame_skip, "frame_stack": frame_stack, "shrink_factor": shrink_factor,
         "color": color}
     firsts = [first_env + w * m for w in range(num_workers)]
-    groups = [partial(_make_group, m, first_env=first, **settings) for first in firsts]
+    groups = [partial(_make_group, os.getpid(), m, first_env=first, **settings) for first in firsts]
     picture = frame_planes(color) * (VIEWPORT_H // shrink_factor) * (VIEWPORT_W // shrink_factor)
     _check_shared_memory(num_envs * frame_stack * picture)
-    with _main_script_hidden(), _interrupt_blocked():
-        envs = LanderVectorEnv(groups, first_env)
+    envs = LanderVectorEnv(groups, first_env)
     _spread(envs.workers.processes)
     return envs

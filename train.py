@@ -120,7 +120,7 @@ def collect(envs, policy, rollout, frames, reward_scale, autocast):
     # Example with N = 2 and S = 3: lander 1 sees the ids [1, 3, 5] at decision 0 and [3, 5, 7] at decision 1. If its
     # episode ends with decision 1, id 9 is the first frame of the next: [9, 9, 9] at decision 2, then [9, 9, 11].
     steps_back = torch.arange(frame_stack - 1, -1, -1, device=device)  # (S,)
-    # Decisions since the episode's first frame, at most S: the initial stack already holds its repeats.
+    # Decisions since the episode's first frame. S at first, since the initial stack already holds its repeats.
     episode_age = torch.full((num_envs, 1), frame_stack, device=device)
     lander = torch.arange(num_envs, device=device)[:, None]
 
@@ -285,7 +285,7 @@ class Trainer:
     """Policy, optimizer and landers, and how far they have come; machinery.run.Run has all else of a run."""
 
     def __init__(self, config, state=None, processes=SINGLE_PROCESS):
-        """state: the dict of a checkpoint, to resume from it."""
+        """state: a checkpoint, as machinery.run_folder.resume_run gives it, to go on from."""
         keep_freed_memory()
         self.config, self.processes, env, seed = config, processes, config.env, config.run.seed
         self.device = choose_device(config.run.device, processes)
@@ -325,12 +325,12 @@ class Trainer:
 
     def _calibrate(self, decisions=20):
         """Let the policy see some frames of random play, for what it can learn from frames alone."""
-        seen = []
+        frames = []
         for _ in range(decisions):
             actions = torch.randint(len(ACTIONS), (self.config.env.num_envs,), generator=self.generator)
             self.frames = torch.from_numpy(self.envs.step(actions.numpy())[0])
-            seen.append(self.frames.clone())
-        self.policy.calibrate(torch.cat(seen).to(self.device))
+            frames.append(self.frames.clone())
+        self.policy.calibrate(torch.cat(frames).to(self.device))
 
     def iterate(self):
         """Collect, compute advantages, update; the metrics of this iteration."""
@@ -376,14 +376,12 @@ class Trainer:
             "generator": self.generator.get_state(),
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [],
-            "landers": copy.deepcopy(self.envs.state),
+            "landers": [[episodes, list(actions)] for episodes, actions in self.envs.state],
         }
         shared = {"counters": dict(self.counters), "recent": list(self.recent)}
         if self.processes.size > 1 and self.processes.rank == 0:
             shared |= copy.deepcopy(self.state_dicts())
-        snapshot = shared | own | {"peers": self.processes.all_gather_object(own)[1:]}
-        self.weights_match_snapshot = True
-        return snapshot
+        return shared | own | {"peers": self.processes.all_gather_object(own)[1:]}
 
     def state_dicts(self):
         return {"policy": self.policy.state_dict(), "optimizer": self.optimizer.state_dict()}

@@ -1,4 +1,4 @@
-"""What keeps a run safe, seen and repeatable; nothing of PPO, of a policy or of the landers is in here.
+"""Keeps a run safe, seen and repeatable. PPO, the policies and the landers are not in here.
 
 config, checkpoint, run, files, signals     a run: its settings, its files, its begin, its end and what comes between
 processes, device                           many processes that learn as one; GPU, threads, bfloat16, memory

@@ -28,7 +28,7 @@ class Processes:
 
     @classmethod
     def launched(cls):
-        """As torchrun's environment says; without torchrun, a world of one."""
+        """As torchrun's environment says; without torchrun, a single process."""
         if not dist.is_torchelastic_launched():
             return cls()
         return cls(*(int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))

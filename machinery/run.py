@@ -151,7 +151,8 @@ class Run:
         silent = self.tracker is None or not self.config.tracking.progress
         self.progress = Progress(self.config.ppo.total_frames, frames, silent=silent)
         self.diagnostics = Diagnostics(self.config)
-        self.last_snapshot, self.saved_frames = self.snapshot(), frames
+        self._take_snapshot()
+        self.saved_frames = frames
         self.watch.deferred = True
         try:
             self.save()  # a disk that takes none is found out now, not in an hour
@@ -260,7 +261,7 @@ class Run:
 
     def save_when_due(self):
         """The iteration is done: take a snapshot, stop if a signal came, save if checkpoint_interval says so."""
-        self.last_snapshot = self.snapshot()
+        self._take_snapshot()
         self.watch.check_all()
         frames = self.trainer.counters["env_frames"]
         if frames - self.saved_frames >= self.config.tracking.checkpoint_interval:
@@ -271,6 +272,10 @@ class Run:
                 self.saved_frames = frames
             except OSError as error:
                 self.progress.say(f"checkpoint not saved ({error.strerror}); training goes on and will try again")
+
+    def _take_snapshot(self):
+        self.last_snapshot = self.snapshot()
+        self.trainer.weights_match_snapshot = True
 
     def snapshot(self):
         """A checkpoint's content besides the config, and of a single process besides weights and optimizer."""
@@ -318,6 +323,7 @@ class Run:
         config, folder, settings = self.config, self.folder, self.config.evaluation
         if self.counters["best"] is None:  # total_frames was lowered to less than what was trained without a score
             self.score_candidate({})
+            self._save_best()
         self._draw_curves(print)
         for name in ("config.yaml", "metrics.csv"):
             self.tracker.artifact(folder / name)

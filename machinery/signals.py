@@ -41,9 +41,9 @@ class SignalWatch:
             raise Interrupted(self.received)
 
     def check_all(self):
-        """A signal to any process is one to all: they stop at the same boundary.
+        """A signal to any process is one to all: they stop after the same iteration.
 
-        One that comes while they tell each other is not yet known to all, and counts at the next boundary.
+        One that comes while they tell each other is not yet known to all, and counts after the next iteration.
         """
         told = next(filter(None, self.processes.all_gather_object(self.received)), None)
         self.received = told or self.received

@@ -291,7 +291,9 @@ def connect(settings, folder):
     threading.Thread(target=work, daemon=True).start()  # a daemon: one that hangs does not keep the process alive
     try:
         return answer.result(TIMEOUT)
-    except TimeoutError:
+    except TimeoutError as error:
+        if answer.done():  # an error of the store itself
+            raise store_error(settings, error) from error
         raise store_error(settings, f"no answer within {TIMEOUT} s") from None
     except Exception as error:
         raise store_error(settings, error) from error

@@ -74,7 +74,8 @@ def begun(folder, overrides):
         args = argparse.Namespace(resume=None, config=str(CONFIG), overrides=[*overrides, "run.name=begun"])
         with open_run(args, SINGLE_PROCESS, play, evaluate, draw_run) as run, closing(Trainer(run.config)) as trainer:
             run.watch.deferred, run.trainer, run.progress = True, trainer, Progress(1, 0, silent=True)
-            run.last_snapshot, run.saved_frames = run.snapshot(), 0
+            run._take_snapshot()
+            run.saved_frames = 0
             yield run
     finally:
         os.chdir(here)

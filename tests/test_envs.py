@@ -27,6 +27,7 @@ from envs import (
     WorkerError,
     make_vector_env,
 )
+from runs import wait, workers_of
 from task import ACTIONS, ENV_ID, FPS, MIRRORED_ACTIONS, OUTCOMES, SOLVED, TIME_LIMIT, TRAINING_SEEDS, VIEWPORT
 
 
@@ -344,6 +345,49 @@ def test_worker_that_cannot_start(monkeypatch):
         make_vector_env(num_envs=4, num_workers=2, **SETTINGS)
 
 
+def test_an_error_that_cannot_be_sent_is_named_all_the_same(monkeypatch):
+    monkeypatch.setattr("envs.partial", lambda *args, **settings: FailsUnsendably())
+    envs = make_vector_env(num_envs=4, num_workers=2, **SETTINGS)
+    try:
+        envs.reset()
+        with pytest.raises(WorkerError, match=r"worker \d raised ValueError: bad wind"):
+            envs.step(NOTHING)
+    finally:
+        envs.close()
+
+
+class FailsUnsendably:
+    def __call__(self):
+        group = LanderGroup(2, 0, 0, **SETTINGS)
+
+        def fail(action):
+            error = ValueError("bad wind")
+            error.cause = lambda: None  # no pickle takes it
+            raise error
+
+        group.landers[1].play = fail
+        return group
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_wait_for_workers_that_do_not_start(number, tmp_path):
+    code = ("import time, torch; import envs\n"
+            "torch.ones(1000, 1000) @ torch.ones(1000, 1000)  # threads that might take the signal\n"
+            "class Hangs:\n    def __call__(self):\n        import os, time; os.getpid() == pid or time.sleep(600)\n"
+            "        return envs.LanderGroup(2, 0, 0, 4, 4, 8, False)\n"
+            "import os, signal; pid = os.getpid(); signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
+            "envs.partial = lambda *args, **settings: Hangs()\n"
+            "envs.make_vector_env(4, 2)\n")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait(process, lambda: workers_of(process), seconds=60)
+    workers = workers_of(process)
+    process.send_signal(number)
+    output = process.communicate(timeout=20)[0]
+    assert "KeyboardInterrupt" in output
+    assert psutil.wait_procs(workers, timeout=20)[1] == []
+
+
 class FailsInWorker:
     def __call__(self):
         if multiprocessing.parent_process():
@@ -439,9 +483,8 @@ def test_a_trainer_that_dies_while_its_workers_begin_leaves_none():
     code = "import time; from envs import make_vector_env; make_vector_env(4, 2)\ntime.sleep(600)\n"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent,
                                stderr=subprocess.DEVNULL)
-    parent = psutil.Process(process.pid)
-    while not (workers := parent.children()):
-        assert process.poll() is None
+    wait(process, lambda: workers_of(process), seconds=60)
+    workers = workers_of(process)
     process.kill()
     process.wait()
     assert psutil.wait_procs(workers, timeout=20)[1] == []

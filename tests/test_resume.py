@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from machinery.checkpoint import CheckpointError, build_policy, policy_bytes, save_checkpoint
+from machinery.checkpoint import CheckpointError, build_policy, load_checkpoint, policy_bytes, save_checkpoint
 from machinery.config import Config, ConfigError, load_config
 from machinery.errors import UserError
 from machinery.files import locked
@@ -65,6 +65,16 @@ def test_a_new_run_does_not_take_the_place_of_one_whose_checkpoints_were_removed
     with pytest.raises(ConfigError, match="runs/old: holds what an earlier run measured"):
         begin("old")
     assert [path.name for path in folder.iterdir()] == [name]
+
+
+def test_episodes_of_an_earlier_release_are_read(run):
+    """They were [return, length, index into task.OUTCOMES]."""
+    state = load_checkpoint(run / "checkpoints" / "000000000200.ckpt")
+    state["recent"] = [[250.5, 300.0, 0.0], [-90.0, 80.0, 1.0]]
+    save_checkpoint(run / "checkpoints" / "000000000400.ckpt", state)
+    assert resume("latest")[2]["recent"] == [
+        {"return_mean": 250.5, "length_mean": 300.0, "landed_rate": 1.0},
+        {"return_mean": -90.0, "length_mean": 80.0, "landed_rate": 0.0}]
 
 
 def test_newer_checkpoints_are_put_aside(run, capsys):

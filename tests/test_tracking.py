@@ -9,6 +9,7 @@ import subprocess
 import sys
 import termios
 import time
+from contextlib import closing
 
 import imageio_ffmpeg
 import numpy as np
@@ -253,8 +254,14 @@ def test_a_milestone_is_filmed_once_also_after_a_resume_and_draws_no_random_numb
         assert torch.equal(before["torch_rng"], after["torch_rng"])
         assert run.film_milestones(metrics) == []
         run.save()
-        run.start_or_resume(load_checkpoint(run.folder))
+        state = load_checkpoint(run.folder) | {"source": "here"}
+        run.start_or_resume(state)
         assert run.film_milestones(metrics) == []
+        next_metrics = without_speed([run.trainer.iterate()])
+        with closing(train.Trainer(run.config, state)) as resumed:
+            assert without_speed([resumed.iterate()]) == next_metrics
+            assert resumed.envs.state == run.trainer.envs.state
+            assert list(resumed.recent) == list(run.trainer.recent)
 
 
 def test_trouble_is_told_while_training_goes_on(tmp_path, monkeypatch, capsys):
