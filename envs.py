@@ -49,7 +49,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space, write_to_shared_memory
 
 from camera import Camera, frame_planes, shrink, views
-from task import ACTIONS, ENV_ID, LANDED, OUTCOMES, TIME_LIMIT, TRAINING_SEEDS
+from task import ACTIONS, CALM, ENV_ID, LANDED, OUTCOMES, TIME_LIMIT, TRAINING_SEEDS
 
 PARTICLE_AGEING = 0.15  # what render() takes from each particle's time to live
 
@@ -87,11 +87,27 @@ class FrameStack:
         return self.frames
 
 
+def gust(index):
+    """The strength of wind or turbulence at a physics step, -1 to 1, as LunarLander.step has it: it never repeats."""
+    return math.tanh(math.sin(0.02 * index) + math.sin(math.pi * 0.01 * index))
+
+
+def draw_weather(options, seed):
+    """The weather of the episode of `seed`: options as task.CALM, whose ranges [low, high] are drawn from.
+
+    Each option has a draw of its own, range or not, so that one that becomes a range changes no other.
+    """
+    draws = np.random.default_rng([seed, 1]).random(len(options))
+    return {
+        key: value[1] - draw * (value[1] - value[0]) if isinstance(value, list) else value
+        for draw, (key, value) in zip(draws.tolist(), options.items(), strict=True)}
+
+
 class LeanLunarLander(LunarLander):
     """LunarLander-v3 for training: the motion and rewards of gymnasium's own `step`, bit for bit, in half the time.
 
-    Box2D does the physics as ever. What is spared is Python around it: checks, small arrays, keyword arguments, the
-    state vector (which nothing here may see: observations are None), wind and continuous thrust. Scores never come from
+    Box2D does the physics as ever. Only Python around it is spared: checks, small arrays, keyword arguments, the state
+    vector (which nothing here may see: observations are None) and continuous thrust. Reported scores never come from
     this class; tests/test_envs.py compares it with the unmodified environment, random numbers and flames included.
     """
 
@@ -113,6 +129,11 @@ class LeanLunarLander(LunarLander):
     def step(self, action):
         """One physics step. Returns None, reward, terminated, False, {}."""
         body, random, fuel = self.lander, self.np_random.random, 0.0
+        if self.enable_wind and not any(leg.ground_contact for leg in self.legs):
+            body.ApplyForceToCenter((gust(self.wind_idx) * self.wind_power, 0.0), True)
+            body.ApplyTorque(gust(self.torque_idx) * self.turbulence_power, True)
+            self.wind_idx += 1
+            self.torque_idx += 1
         # What uniform(-1, 1) gives, in a third of its time; both are drawn at every step, used or not.
         along, across = (2 * random() - 1) / SCALE, (2 * random() - 1) / SCALE
         if action:
@@ -151,10 +172,13 @@ class LeanLunarLander(LunarLander):
 
 
 class Lander:
-    """One LunarLander-v3 played in decisions of `frame_skip` physics steps, seen through a Camera."""
+    """One LunarLander-v3 played in decisions of `frame_skip` physics steps, seen through a Camera.
 
-    def __init__(self, frame_skip, frame_stack, shrink_factor, color):
-        self.env = self.make_env()
+    weather: some of task.CALM's options; a range [low, high] is drawn from anew for each episode.
+    """
+
+    def __init__(self, frame_skip, frame_stack, shrink_factor, color, **weather):
+        self.env, self.weather = self.make_env(), CALM | weather
         self.lander = self.env.unwrapped
         self.frame_skip = frame_skip
         self.camera = Camera(shrink_factor, color)
@@ -163,6 +187,8 @@ class Lander:
 
     def reset(self, seed):
         """Begin the episode of `seed`; the stack of its first frame, uint8 (K, H, W)."""
+        for option, value in draw_weather(self.weather, int(seed)).items():
+            setattr(self.lander, option, value)
         self.env.reset(seed=int(seed))
         self.episode_return, self.episode_length = 0.0, 0
         self.begin_picture()
@@ -282,9 +308,9 @@ class LanderGroup(gym.Env):
     of a truncated episode travels in `info["final_frames"]`.
     """
 
-    def __init__(self, num_envs, first_env, seed, frame_skip, frame_stack, shrink_factor, color):
+    def __init__(self, num_envs, first_env, seed, **lander_settings):
         cv2.setNumThreads(0)  # the cores belong to the workers' own processes
-        self.landers = [Lander(frame_skip, frame_stack, shrink_factor, color) for _ in range(num_envs)]
+        self.landers = [Lander(**lander_settings) for _ in range(num_envs)]
         self.first_env, self.seed = first_env, seed
         self.generators = [self._generator(i) for i in range(num_envs)]
         self.action_space = gym.spaces.MultiDiscrete([len(ACTIONS)] * num_envs)
@@ -580,8 +606,8 @@ def _check_shared_memory(size):
                           "a smaller env.num_envs or env.frame_stack")
 
 
-def make_vector_env(num_envs, num_workers, seed=0, frame_skip=4, frame_stack=4, shrink_factor=4, color=True,
-                    first_env=0):
+def make_vector_env(num_envs, num_workers, seed=0, first_env=0, *, frame_skip=4, frame_stack=4, shrink_factor=4,
+                    color=True, **weather):
     """A LanderVectorEnv of num_envs landers in num_workers processes.
 
     The landers are numbered from first_env on; a lander's episodes depend on its number and on `seed` alone. Call it
@@ -590,7 +616,7 @@ def make_vector_env(num_envs, num_workers, seed=0, frame_skip=4, frame_stack=4, 
     m = num_envs // num_workers
     settings = {
         "seed": seed, "frame_skip": frame_skip, "frame_stack": frame_stack, "shrink_factor": shrink_factor,
-        "color": color}
+        "color": color, **weather}
     firsts = [first_env + w * m for w in range(num_workers)]
     groups = [partial(_make_group, os.getpid(), m, first_env=first, **settings) for first in firsts]
     picture = frame_planes(color) * (VIEWPORT_H // shrink_factor) * (VIEWPORT_W // shrink_factor)

@@ -4,6 +4,7 @@
     python evaluate.py --checkpoint results/cnn --episodes 100 --seed 1000000 --videos 5
     python evaluate.py --checkpoint runs/NAME --sample --output somewhere
     python evaluate.py --checkpoint results/cnn --episodes 1 --videos 1 --panel   # what goes on inside it
+    python evaluate.py --checkpoint results/cnn env.enable_wind=true              # in another weather than trained in
 
 Episode i uses seed + i; training never uses seeds from 1,000,000 on. The policy sees the frames of
 `gym.make("LunarLander-v3", render_mode="rgb_array")`, rendered once per physics step, and nothing else.
@@ -26,11 +27,12 @@ from tqdm import tqdm
 
 from envs import Lander, RenderedLander
 from machinery.checkpoint import load_policy
+from machinery.config import ConfigError, apply_overrides
 from machinery.errors import one_line
 from machinery.files import newest_run, write_atomically
 from machinery.terminal import Outlet
 from machinery.video import VideoRecorder, write_webp
-from task import EVALUATION_SEED, LANDED, SOLVED
+from task import CALM, EVALUATION_SEED, LANDED, SOLVED
 
 MAX_LANDERS = 50  # episodes played side by side; bounds memory
 
@@ -57,7 +59,7 @@ def play(policy, env_config, seeds, sample_seed=None, lander_class=Lander, recor
         playing.append((lander, index, lander.reset(seed), rng))
 
     for _ in range(min(MAX_LANDERS, len(seeds))):
-        begin(lander_class(**env_config.frame_settings()))
+        begin(lander_class(**env_config.lander_settings()))
     while playing:
         frames = torch.from_numpy(np.stack([frames for _, _, frames, _ in playing])).to(device)
         output = policy(*policy.preprocess_stacks(frames))
@@ -136,6 +138,8 @@ def evaluate(policy, config, checkpoint, output, episodes=100, seed=EVALUATION_S
         "seconds": time.perf_counter() - start,
         **summarize(*results),
     }
+    if weather := config.env.weather():
+        report["env"] = weather
     print_report(report)  # before it is written: a full disk must not cost the score
     write_atomically(output / report_name, (json.dumps(report, indent=2) + "\n").encode())
     return report
@@ -152,7 +156,18 @@ def print_report(report):
         ("landed", f"{100 * report['landed_rate']:.0f}% end at rest, {report['length_mean']:.0f} steps on average"),
         ("took", f"{report['seconds']:.0f} s for {report['env_frames']:,} rendered frames"),
     ]
+    if "env" in report:
+        rows.insert(1, ("weather", ", ".join(f"{key} {value}" for key, value in report["env"].items())))
     print("\n".join(f"{key:>9}  {value}" for key, value in rows))
+
+
+def in_weather(config, overrides):
+    """`config` with other options of LunarLander-v3, `env.key=value`; all else belongs to the policy, and stays."""
+    changed = apply_overrides(config.model_dump(mode="json"), overrides)
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    if refused := [key for key in keys if key.removeprefix("env.") not in CALM]:
+        raise ConfigError(f"{refused[0]}: a policy is scored as it was trained; only {', '.join(CALM)} may differ")
+    return changed
 
 
 def default_checkpoint():
@@ -179,12 +194,14 @@ def main(argv=None):
     parser.add_argument("--webp", type=Path, metavar="FILE", help="also the first video, or its panel, as moving WebP")
     parser.add_argument("--sample", action="store_true", help="sample actions instead of taking the likeliest")
     parser.add_argument("--output", type=Path, help="folder of report.json and videos/; default: in the run's folder")
-    args = parser.parse_args(argv)
+    parser.add_argument("overrides", nargs="*", metavar="env.key=value", help=f"the weather: {', '.join(CALM)}")
+    args = parser.parse_intermixed_args(argv)
     if (args.panel or args.webp) and not args.videos:
         parser.error("--panel and --webp need --videos of 1 or more")
     checkpoint = args.checkpoint or default_checkpoint()
     with one_line("evaluate.py", hint="; --output names another folder"):
         policy, config, file = load_policy(checkpoint)
+        config = in_weather(config, args.overrides)
         output = args.output
         if output is None:
             folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent

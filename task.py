@@ -18,6 +18,9 @@ MIRRORED_ACTIONS = (0, 3, 2, 1)  # what each action is in a mirror
 OUTCOMES = ("rest", "crash", "out_of_sight", "time")  # how an episode ends
 LANDED = OUTCOMES.index("rest")
 
+# LunarLander-v3's options, with gymnasium's names and defaults. A policy is told none of them.
+CALM = {"gravity": -10.0, "enable_wind": False, "wind_power": 15.0, "turbulence_power": 1.5}
+
 TRAINING_SEEDS = 900_000  # training draws the seeds of its episodes below this
 SELECTION_SEED = 900_000  # from here: episodes that choose the best checkpoint
 EVALUATION_SEED = 1_000_000  # from here: episodes that score it

@@ -132,7 +132,7 @@ def main():
         sys.exit(f"breakdown.py: {error}")
     env, ppo, seconds = config.env, config.ppo, args.seconds
     decisions = env.num_envs * ppo.num_steps
-    settings = env.frame_settings()
+    settings = env.lander_settings()
     group = env.num_envs // env.num_workers
 
     own = at_once(partial(steps, seconds), CORES)

@@ -19,10 +19,11 @@ from pydantic_core import PydanticCustomError
 
 from machinery.errors import UserError
 from models import POLICIES, Strict
-from task import VIEWPORT
+from task import CALM, VIEWPORT
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
+Weather = float | list[float]  # a number, or the ends of a range
 
 
 class ConfigError(UserError):
@@ -50,6 +51,23 @@ class Env(Strict):
     frame_stack: int = Field(4, ge=1, le=64, description="frames the policy sees, one per decision")
     shrink_factor: Positive = Field(4, description="600x400 pixels divided by this; divides 200, 25 at most")
     color: bool = Field(True, description="red, green and blue planes; false: gray")
+    gravity: Weather = Field(-10.0, description="between -12 and 0; [low, high]: each episode draws its own")
+    enable_wind: bool = Field(False, description="wind pushes the lander sideways, turbulence turns it")
+    wind_power: Weather = Field(15.0, description="strength of the wind, 0 to 20; or [low, high]")
+    turbulence_power: Weather = Field(1.5, description="strength of the turbulence, 0 to 2; or [low, high]")
+
+    @field_validator("gravity", "wind_power", "turbulence_power")
+    @classmethod
+    def _within(cls, value, info):
+        """LunarLander-v3's own limits. A gravity of -12 or 0 is none of its numbers, but may end a range."""
+        low, high = {"gravity": (-12, 0), "wind_power": (0, 20), "turbulence_power": (0, 2)}[info.field_name]
+        is_range = isinstance(value, list)
+        if is_range and not (len(value) == 2 and value[0] <= value[1]):
+            raise PydanticCustomError("range", "must be a number or a range [low, high]")
+        for end in value if is_range else [value]:
+            if not low <= end <= high or (info.field_name == "gravity" and end in (low, high) and not is_range):
+                raise PydanticCustomError("range", f"must lie between {low} and {high}")
+        return value
 
     @field_validator("shrink_factor")
     @classmethod
@@ -69,9 +87,13 @@ class Env(Strict):
                 f"nearest: {allowed}")
         return self
 
-    def frame_settings(self):
-        """The settings that decide which frames a policy sees."""
-        return self.model_dump(include={"frame_skip", "frame_stack", "shrink_factor", "color"})
+    def lander_settings(self):
+        """The settings of an envs.Lander: how it is seen, and its weather."""
+        return self.model_dump(exclude={"num_envs", "num_workers"})
+
+    def weather(self):
+        """The options of LunarLander-v3 that are not gymnasium's defaults."""
+        return {key: getattr(self, key) for key, usual in CALM.items() if getattr(self, key) != usual}
 
 
 class PPO(Strict):
@@ -256,7 +278,8 @@ def check_config(tree, source="config"):
         return Config.model_validate(tree)
     except ValidationError as errors:
         error = errors.errors()[0]
-    key, message = ".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, ")
+    key = ".".join(map(str, error["loc"][:2]))  # more would tell which of two types was tried, or where in a list
+    message = error["msg"].removeprefix("Value error, ")
     if not key or error["type"] == "conflict":  # the message names the keys
         raise ConfigError(f"{source}: {message}")
     if error["type"] == "extra_forbidden":

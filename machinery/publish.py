@@ -64,7 +64,7 @@ from envs import RenderedLander
 from machinery.checkpoint import load_policy
 
 policy, config, _ = load_policy("results/{name}")
-lander = RenderedLander(**config.env.frame_settings())
+lander = RenderedLander(**config.env.lander_settings())
 frames, ended = lander.reset(seed=1_000_000), False
 while not ended:
     with torch.no_grad():

@@ -13,6 +13,7 @@ from machinery.checkpoint import save_config
 from machinery.config import Config, ConfigError, Env, changed_keys, check_config, known_keys, load_config
 from machinery.errors import UserError
 from models import POLICIES, Strict
+from task import CALM
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -255,8 +256,27 @@ def test_changed_keys():
     assert all(key.startswith("model.") for key in other)
 
 
-def test_frame_settings():
-    assert Env(frame_skip=2, color=False, num_envs=64).frame_settings() == {
+@pytest.mark.parametrize(("override", "expected"), [
+    ("env.gravity=-12", ["env.gravity=-12.0", "between -12 and 0"]), ("env.gravity=0", ["between -12 and 0"]),
+    ("env.gravity=[-8, -12]", ["env.gravity=[-8.0, -12.0]", "range"]), ("env.wind_power=[1]", ["range [low, high]"]),
+    ("env.wind_power=20.5", ["env.wind_power=20.5", "between 0 and 20"]), ("env.turbulence_power=[0, 3]", ["0 and 2"]),
+    ("env.wind_power=true", ["env.wind_power='true'", "number"]), ("env.gravity=.nan", ["env.gravity="])])
+def test_weather_that_cannot_be(override, expected, tmp_path):
+    message = error_of("model:\n  name: cnn\n", tmp_path, [override])
+    for part in expected:
+        assert part in message
+
+
+def test_weather_may_be_a_range_and_reads_back(tmp_path):
+    config = load_config(None, ["env.gravity=[-12, -8]", "env.enable_wind=true", "env.wind_power=[0,20.0]"])
+    assert config.env.weather() == {"gravity": [-12, -8], "enable_wind": True, "wind_power": [0, 20]}
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert load_config(None).env.weather() == {}
+
+
+def test_lander_settings():
+    assert Env(frame_skip=2, color=False, num_envs=64, wind_power=3).lander_settings() == CALM | {"wind_power": 3} | {
         "frame_skip": 2, "frame_stack": 4, "shrink_factor": 4, "color": False}
 
 

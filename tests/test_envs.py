@@ -25,15 +25,21 @@ from envs import (
     LeanLunarLander,
     RenderedLander,
     WorkerError,
+    draw_weather,
     make_vector_env,
 )
 from runs import wait, workers_of
-from task import ACTIONS, ENV_ID, FPS, MIRRORED_ACTIONS, OUTCOMES, SOLVED, TIME_LIMIT, TRAINING_SEEDS, VIEWPORT
+from task import ACTIONS, CALM, ENV_ID, FPS, MIRRORED_ACTIONS, OUTCOMES, SOLVED, TIME_LIMIT, TRAINING_SEEDS, VIEWPORT
+
+WEATHERS = {
+    "calm": {}, "default wind": {"enable_wind": True},
+    "strongest wind": {"enable_wind": True, "wind_power": 20.0, "turbulence_power": 2.0},
+    "light": {"gravity": -0.5}, "heavy": {"gravity": -11.99, "enable_wind": True, "wind_power": 5.0}}
 
 
-def rendered_episode(seed, choose, factor, color):
+def rendered_episode(seed, choose, factor, color, **options):
     """One episode of the unmodified environment, one render per physics step: frames, actions, rewards, last flags."""
-    env = gym.make(ENV_ID, render_mode="rgb_array")
+    env = gym.make(ENV_ID, render_mode="rgb_array", **options)
     state, _ = env.reset(seed=seed)
     frames, actions, rewards, ended = [shrink(env.render(), factor, color)], [], [], False
     while not ended:
@@ -68,9 +74,12 @@ def motion(env):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_lean_lander_moves_as_gymnasiums(policy):
-    env, lean = gym.make(ENV_ID, render_mode="rgb_array").unwrapped, LeanLunarLander()
-    for seed in range(8):
+@pytest.mark.parametrize("weather", WEATHERS)
+def test_lean_lander_moves_as_gymnasiums(policy, weather):
+    env, lean = gym.make(ENV_ID, render_mode="rgb_array", **WEATHERS[weather]).unwrapped, LeanLunarLander()
+    for option, value in WEATHERS[weather].items():
+        setattr(lean, option, value)
+    for seed in range(8 if weather == "calm" else 3):
         choose, terminated, steps = POLICIES[policy](seed), False, 0
         state, _ = env.reset(seed=seed)
         lean.reset(seed=seed)
@@ -84,7 +93,7 @@ def test_lean_lander_moves_as_gymnasiums(policy):
                 lander._clean_particles(False)
             assert motion(lean) == motion(env)
             steps += 1
-        assert terminated or policy == "hover"
+        assert terminated or policy == "hover" or weather == "light"
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -101,6 +110,40 @@ def test_every_frame_equals_the_renderers(policy, factor, color):
         assert ended == [terminated, truncated and not terminated]
         assert lander.episode_return == pytest.approx(sum(rewards), abs=1e-9)
         assert lander.episode_length == len(actions)
+
+
+@pytest.mark.parametrize("weather", list(WEATHERS)[1:])
+@pytest.mark.parametrize("lander_class", [Lander, RenderedLander])
+def test_every_frame_in_every_weather_equals_the_renderers(lander_class, weather):
+    """Of an environment that gym.make made with these options."""
+    options = WEATHERS[weather]
+    lander = lander_class(frame_skip=1, frame_stack=1, shrink_factor=4, color=True, **options)
+    for seed, policy in enumerate(["heuristic", "random", "hover"]):
+        frames, actions, rewards, *_ = rendered_episode(seed, POLICIES[policy](seed), 4, True, **options)
+        np.testing.assert_array_equal(lander.reset(seed), frames[0])
+        for action, frame, reward in zip(actions, frames[1:], rewards, strict=True):
+            seen, got, *_ = lander.step(action)
+            np.testing.assert_array_equal(seen, frame)
+            assert got == reward
+
+
+def test_a_range_is_drawn_from_the_seed_of_the_episode():
+    options = CALM | {"gravity": [-12.0, -8.0], "wind_power": [0.0, 20.0]}
+    drawn = [draw_weather(options, seed) for seed in range(200)]
+    assert drawn == [draw_weather(options, seed) for seed in range(200)]
+    for key, low, high in (("gravity", -12, -8), ("wind_power", 0, 20)):
+        values = [weather[key] for weather in drawn]
+        assert low < min(values) < low + 0.1 * (high - low)
+        assert high - 0.1 * (high - low) < max(values) <= high
+    assert {weather["turbulence_power"] for weather in drawn} == {1.5}
+    fixed = [draw_weather(options | {"gravity": -10.0}, seed)["wind_power"] for seed in range(200)]
+    assert fixed == [weather["wind_power"] for weather in drawn]  # a range changes no other option
+    for lander_class in (Lander, RenderedLander):
+        lander = lander_class(4, 1, 8, False, gravity=[-12.0, -8.0], enable_wind=True)
+        lander.reset(7)
+        assert lander.lander.gravity == drawn[7]["gravity"]
+        assert lander.lander.world.gravity.y == pytest.approx(drawn[7]["gravity"])
+        assert lander.lander.enable_wind
 
 
 @pytest.mark.parametrize(("factor", "color"), [(8, False), (4, True), (1, True), (50, False)])
@@ -374,7 +417,7 @@ def test_a_signal_ends_the_wait_for_workers_that_do_not_start(number, tmp_path):
     code = ("import time, torch; import envs\n"
             "torch.ones(1000, 1000) @ torch.ones(1000, 1000)  # threads that might take the signal\n"
             "class Hangs:\n    def __call__(self):\n        import os, time; os.getpid() == pid or time.sleep(600)\n"
-            "        return envs.LanderGroup(2, 0, 0, 4, 4, 8, False)\n"
+            "        return envs.LanderGroup(2, 0, 0, frame_skip=4, frame_stack=4, shrink_factor=8, color=False)\n"
             "import os, signal; pid = os.getpid(); signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
             "envs.partial = lambda *args, **settings: Hangs()\n"
             "envs.make_vector_env(4, 2)\n")
@@ -451,7 +494,9 @@ def test_episodes_never_use_evaluation_seeds(monkeypatch):
 
 def test_state_restores_landers_in_mid_episode():
     rng = np.random.default_rng(0)
-    envs, others = (make_vector_env(num_envs=6, num_workers=n, seed=7, first_env=12, **SETTINGS) for n in (1, 2))
+    weather = {"gravity": [-12.0, -8.0], "enable_wind": True, "wind_power": [0.0, 20.0]}
+    envs, others = (
+        make_vector_env(num_envs=6, num_workers=n, seed=7, first_env=12, **SETTINGS, **weather) for n in (1, 2))
     try:
         envs.reset()
         others.reset()

@@ -24,16 +24,18 @@ def run_main(*args):
         [sys.executable, evaluate.__file__, *map(str, args)], capture_output=True, text=True, check=False)
 
 
-def test_report_equals_episodes_played_by_hand(policy_file, tmp_path):
+@pytest.mark.parametrize("weather", [{}, {"gravity": -8.0, "enable_wind": True}])
+def test_report_equals_episodes_played_by_hand(weather, policy_file, tmp_path):
     """The command's score is that of a plain loop over gym.make with one render() per physics step."""
     done = run_main(
-        "--checkpoint", policy_file, "--episodes", 3, "--seed", 1000007, "--videos", 1, "--output", tmp_path)
+        "--checkpoint", policy_file, "--episodes", 3, "--seed", 1000007, "--videos", 1, "--output", tmp_path,
+        *[f"env.{option}={json.dumps(value)}" for option, value in weather.items()])
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     policy, config, _ = load_policy(policy_file)
     returns, lengths = [], []
     for seed in range(1000007, 1000010):
-        env, total, length, ended = gym.make(ENV_ID, render_mode="rgb_array"), 0.0, 0, False
+        env, total, length, ended = gym.make(ENV_ID, render_mode="rgb_array", **weather), 0.0, 0, False
         env.reset(seed=seed)
         stack = FrameStack(config.env.frame_stack, (3, 100, 150))
         frames = stack.fill(shrink(env.render(), 4, True))
@@ -59,6 +61,8 @@ def test_report_equals_episodes_played_by_hand(policy_file, tmp_path):
     assert (report["mode"], report["episodes"], report["seed"], report["policy"]) == ("greedy", 3, 1000007, "cnn")
     assert report["return_ci95"][0] <= report["return_mean"] <= report["return_ci95"][1]
     assert "return" in done.stdout
+    assert report.get("env", {}) == weather
+    assert ("weather  gravity -8.0, enable_wind True" in done.stdout) == bool(weather)
 
     reader = imageio_ffmpeg.read_frames(str(tmp_path / "videos" / "seed-1000007.mp4"))
     meta = next(reader)
@@ -140,6 +144,16 @@ def test_full_disk_costs_neither_score_nor_a_word(policy_file, tmp_path, capsys)
         evaluate.evaluate(policy, config, file, tmp_path / "again", episodes=1)
     assert "95% interval of the mean" in capsys.readouterr().out
     assert list((tmp_path / "again").iterdir()) == []
+
+
+@pytest.mark.parametrize(("override", "told"), [
+    ("env.frame_stack=3", "env.frame_stack: a policy is scored as it was trained; only gravity, enable_wind"),
+    ("ppo.gamma=0.5", "ppo.gamma: a policy is scored as it was trained"), ("env.wind_power=50", "between 0 and 20"),
+    ("env.gravty=-8", "did you mean env.gravity")])
+def test_only_the_weather_may_differ_from_training(override, told, policy_file):
+    with pytest.raises(SystemExit, match=f"^evaluate.py: .*{told}") as error:
+        evaluate.main(["--checkpoint", str(policy_file), override])
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("option", ["--episodes=0", "--episodes=1e3", "--seed=-1", f"--seed={10**30}", "--videos=x"])

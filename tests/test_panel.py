@@ -35,7 +35,7 @@ def policy_and_frames(overrides, decisions=6):
     if policy.eye:
         policy.eye.direction.copy_(torch.tensor([0.33, -0.81, 0.48]))
     torch.nn.init.normal_(policy.actor.weight)
-    lander = Lander(**config.env.frame_settings())
+    lander = Lander(**config.env.lander_settings())
     frames = lander.reset(1_000_003)
     for i in range(decisions):
         frames = lander.step(i % 4)[0]
