@@ -5,6 +5,7 @@
     python evaluate.py --checkpoint runs/NAME --sample --output somewhere
     python evaluate.py --checkpoint results/cnn --episodes 1 --videos 1 --panel   # what goes on inside it
     python evaluate.py --checkpoint results/cnn env.enable_wind=true              # in another weather than trained in
+    python evaluate.py --checkpoint results/cnn --grid --episodes 20              # in many: a table and a picture
 
 Episode i uses seed + i; training never uses seeds from 1,000,000 on. The policy sees the frames of
 `gym.make("LunarLander-v3", render_mode="rgb_array")`, rendered once per physics step, and nothing else.
@@ -32,9 +33,11 @@ from machinery.errors import one_line
 from machinery.files import newest_run, write_atomically
 from machinery.terminal import Outlet
 from machinery.video import VideoRecorder, write_webp
+from plot import draw_grid
 from task import CALM, EVALUATION_SEED, LANDED, SOLVED
 
 MAX_LANDERS = 50  # episodes played side by side; bounds memory
+GRAVITIES, WINDS = [-4.0, -6.0, -8.0, -10.0, -11.9], [0.0, 5.0, 10.0, 15.0, 20.0]  # of evaluate_grid
 
 
 @torch.no_grad()
@@ -145,6 +148,33 @@ def evaluate(policy, config, checkpoint, output, episodes=100, seed=EVALUATION_S
     return report
 
 
+def evaluate_grid(policy, config, checkpoint, output, episodes, seed=EVALUATION_SEED, sample=False):
+    """Score `policy` in every weather of GRAVITIES x WINDS; print a table, write grid.json and grid.png to `output`."""
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    grid = {"checkpoint": str(checkpoint), "policy": config.model.name, "mode": "sampled" if sample else "greedy",
+            "episodes": episodes, "seed": seed, "gravity": GRAVITIES, "wind_power": WINDS,
+            "turbulence_power": [wind / 10 for wind in WINDS], "return_mean": [], "landed_rate": []}
+    print("Mean return, and share of landings; the turbulence is a tenth of the wind.")
+    print("| gravity | " + " | ".join(f"wind {wind:g}" for wind in WINDS) + " |")
+    print("| --- " * (len(WINDS) + 1) + "|")
+    for gravity in GRAVITIES:
+        scores = []
+        for wind in WINDS:
+            weather = {"gravity": gravity, "enable_wind": wind > 0, "wind_power": wind, "turbulence_power": wind / 10}
+            returns, _, outcomes = play(
+                policy, config.env.model_copy(update=weather), range(seed, seed + episodes),
+                sample_seed=seed if sample else None, lander_class=RenderedLander)
+            scores.append((float(returns.mean()), float((outcomes == LANDED).mean())))
+        means, rates = map(list, zip(*scores, strict=True))
+        grid["return_mean"].append(means)
+        grid["landed_rate"].append(rates)
+        print(f"| {gravity:g} | " + " | ".join(f"{mean:.0f}, {rate:.0%}" for mean, rate in scores) + " |", flush=True)
+    write_atomically(output / "grid.json", (json.dumps(grid, indent=2) + "\n").encode())
+    draw_grid(grid, output / "grid.png")
+    return grid
+
+
 def print_report(report):
     low, high = report["return_ci95"]
     rows = [
@@ -192,10 +222,13 @@ def main(argv=None):
     parser.add_argument("--videos", type=whole(0, 100_000), default=3, help="record this many of the episodes")
     parser.add_argument("--panel", action="store_true", help="beside each video, another with an instrument panel")
     parser.add_argument("--webp", type=Path, metavar="FILE", help="also the first video, or its panel, as moving WebP")
+    parser.add_argument("--grid", action="store_true", help="in many winds and gravities: grid.json and grid.png")
     parser.add_argument("--sample", action="store_true", help="sample actions instead of taking the likeliest")
     parser.add_argument("--output", type=Path, help="folder of report.json and videos/; default: in the run's folder")
     parser.add_argument("overrides", nargs="*", metavar="env.key=value", help=f"the weather: {', '.join(CALM)}")
     args = parser.parse_intermixed_args(argv)
+    if args.grid and (args.panel or args.webp or args.overrides):
+        parser.error("--grid has a weather of its own, and no videos")
     if (args.panel or args.webp) and not args.videos:
         parser.error("--panel and --webp need --videos of 1 or more")
     checkpoint = args.checkpoint or default_checkpoint()
@@ -206,6 +239,10 @@ def main(argv=None):
         if output is None:
             folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent
             output = folder / "evaluation"
+        if args.grid:
+            evaluate_grid(policy, config, checkpoint, output, args.episodes, args.seed, args.sample)
+            print(f"written: {output / 'grid.json'}, {output / 'grid.png'}")
+            return
         evaluate(
             policy, config, checkpoint, output, args.episodes, args.seed, min(args.videos, args.episodes), args.sample,
             panel=args.panel)

@@ -114,6 +114,24 @@ def draw_comparison(groups, output):
     _save(figure, output)
 
 
+def draw_grid(grid, output):
+    """Heat maps of mean return and landings over wind and gravity, from the dict of evaluate.evaluate_grid."""
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
+    maps = (
+        ("return_mean", "mean return", "{:.0f}", (-200, 300)), ("landed_rate", "share of landings", "{:.0%}", (0, 1)))
+    for axis, (key, title, form, limits) in zip(axes, maps, strict=True):
+        values = np.array(grid[key])  # (gravities, winds)
+        image = axis.imshow(values, cmap="RdYlGn", vmin=limits[0], vmax=limits[1], aspect="auto")
+        for (row, column), value in np.ndenumerate(values):
+            axis.text(column, row, form.format(value), ha="center", va="center")
+        axis.set_xticks(range(len(grid["wind_power"])), [f"{wind:g}" for wind in grid["wind_power"]])
+        axis.set_yticks(range(len(grid["gravity"])), [f"{gravity:g}" for gravity in grid["gravity"]])
+        axis.set(title=title, xlabel="wind power; turbulence is a tenth of it", ylabel="gravity")
+        figure.colorbar(image, ax=axis)
+    figure.suptitle(f"{grid['policy']}, {grid['mode']}, {grid['episodes']} unseen episodes each ({grid['checkpoint']})")
+    _save(figure, output)
+
+
 def _save(figure, output):
     picture = BytesIO()
     try:

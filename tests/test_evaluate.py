@@ -9,6 +9,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from matplotlib.image import imread
 
 import evaluate
 from camera import shrink
@@ -144,6 +145,23 @@ def test_full_disk_costs_neither_score_nor_a_word(policy_file, tmp_path, capsys)
         evaluate.evaluate(policy, config, file, tmp_path / "again", episodes=1)
     assert "95% interval of the mean" in capsys.readouterr().out
     assert list((tmp_path / "again").iterdir()) == []
+
+
+def test_the_grid_is_what_single_weathers_give(policy_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "GRAVITIES", [-4.0, -10.0])
+    monkeypatch.setattr(evaluate, "WINDS", [0.0, 20.0])
+    evaluate.main(["--checkpoint", str(policy_file), "--grid", "--episodes", "2", "--output", str(tmp_path)])
+    grid = json.loads((tmp_path / "grid.json").read_text())
+    assert imread(tmp_path / "grid.png").shape[:2] == (450, 1300)
+    policy, config, file = load_policy(policy_file)
+    for row, gravity in enumerate([-4.0, -10.0]):
+        for column, wind in enumerate([0.0, 20.0]):
+            weather = [f"env.gravity={gravity}", f"env.enable_wind={json.dumps(wind > 0)}", f"env.wind_power={wind}",
+                       f"env.turbulence_power={wind / 10}"]
+            report = evaluate.evaluate(policy, evaluate.in_weather(config, weather), file, tmp_path, episodes=2)
+            assert grid["return_mean"][row][column] == report["return_mean"]
+            assert grid["landed_rate"][row][column] == report["landed_rate"]
+    assert f"| -4 | {grid['return_mean'][0][0]:.0f}, 0% | " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("override", "told"), [
