@@ -85,6 +85,8 @@ def draw_run(run, output):
     panel(axes[1, 1], "entropy of the policy, nats", "update/entropy")
     panel(axes[1, 2], "explained variance of the value", "update/explained_variance")
     axes[1, 2].set_ylim(-1, 1)
+    axes[1, 0].set_ylim(0, 1)
+    axes[0, 0].locator_params(axis="x", nbins=6)  # of a short run the numbers are long
     for axis in axes[0]:
         axis.legend(fontsize=8, loc="lower right" if axis is axes[0, 0] else "upper right")
     for axis in axes[1]:
@@ -123,7 +125,8 @@ def draw_grid(grid, output):
         values = np.array(grid[key])  # (gravities, winds)
         image = axis.imshow(values, cmap="RdYlGn", vmin=limits[0], vmax=limits[1], aspect="auto")
         for (row, column), value in np.ndenumerate(values):
-            axis.text(column, row, form.format(value), ha="center", va="center")
+            dark = abs(image.norm(value) - 0.5) > 0.35
+            axis.text(column, row, form.format(value), ha="center", va="center", color="white" if dark else "black")
         axis.set_xticks(range(len(grid["wind_power"])), [f"{wind:g}" for wind in grid["wind_power"]])
         axis.set_yticks(range(len(grid["gravity"])), [f"{gravity:g}" for gravity in grid["gravity"]])
         axis.set(title=title, xlabel="wind power; turbulence is a tenth of it", ylabel="gravity")

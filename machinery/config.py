@@ -97,7 +97,7 @@ class Env(Strict):
 
 
 class PPO(Strict):
-    total_frames: Positive = Field(1_500_000, description="environment frames, that is physics steps, to train for")
+    total_frames: Positive = Field(1_500_000, description="environment frames, that is physics steps, to train for; a begun rollout is finished")
     num_steps: Positive = Field(64, le=65_536, description="decisions per lander and rollout")
     learning_rate: float = Field(1e-3, gt=0, le=1, description="Adam's step size at the start")
     adam_eps: float = Field(1e-5, gt=0, description="Adam's epsilon")
@@ -259,17 +259,21 @@ def load_config(path=None, overrides=()):
 
 def apply_overrides(tree, overrides, source="config"):
     """The checked config of nested dicts and `section.key=value` strings."""
-    tree = dict(tree)
+    merged = dict(tree)
     for override in overrides:
         key, equals, value = override.partition("=")
         section, dot, name = key.strip().partition(".")
         if not (equals and dot and section and name):
             raise ConfigError(f"{override!r}: an override is written section.key=value")
-        branch = tree.get(section, {})
+        branch = merged.get(section, {})
         if not isinstance(branch, dict):
             raise ConfigError(f"{section}: must be a section of keys, not {branch!r}")
-        tree[section] = {**branch, name: parse_yaml(value, override)}
-    return check_config(tree, source)
+        merged[section] = {**branch, name: parse_yaml(value, override)}
+    try:
+        return check_config(merged, "command line" if overrides else source)
+    except ConfigError:
+        check_config(tree, source)  # a file that is wrong by itself is to blame
+        raise
 
 
 def check_config(tree, source="config"):
@@ -313,8 +317,8 @@ def _nearest_multiples(value, of):
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python -m machinery.config | head` is no error
     sections = {name: field.annotation for name, field in Config.model_fields.items() if name != "model"}
-    sections |= {f"model, name={name}": policy.Options for name, policy in POLICIES.items()}
+    sections |= {f"model:  # with name: {name}": policy.Options for name, policy in POLICIES.items()}
     for section, keys in sections.items():
-        print(f"{section}:")
+        print(section if ":" in section else f"{section}:")
         for key, field in keys.model_fields.items():
             print(f"  {key}: {json.dumps(field.get_default(call_default_factory=True))}  # {field.description}")

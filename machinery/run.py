@@ -337,6 +337,7 @@ class Run:
                 video_name="best-seed-{seed}")
             self.tracker.artifact(folder / name)
         self.tracker.artifact(folder / "videos", "videos")
+        print(f"  written  {folder}/report.json, report_sampled.json, curves.png and videos/")
 
     def _mark_scored(self):
         """Note in the last checkpoint that this run has nothing left to do."""

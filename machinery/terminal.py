@@ -57,7 +57,7 @@ class Progress:
             f"entropy {metrics['update/entropy']:.2f}")
         if not self.bar.disable:
             self.bar.set_postfix_str(line, refresh=False)
-            self.bar.update(frames - self.bar.n)
+            self.bar.update(min(frames, self.total) - self.bar.n)  # the last rollout may go beyond the total
         elif elapsed - self.printed >= self.seconds or frames >= self.total:
             self.printed = elapsed
             speed = metrics["speed/frames_per_second"]
