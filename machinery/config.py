@@ -97,7 +97,8 @@ class Env(Strict):
 
 
 class PPO(Strict):
-    total_frames: Positive = Field(1_500_000, description="environment frames, that is physics steps, to train for; a begun rollout is finished")
+    total_frames: Positive = Field(
+        1_500_000, description="environment frames, that is physics steps, to train for; the last rollout is finished")
     num_steps: Positive = Field(64, le=65_536, description="decisions per lander and rollout")
     learning_rate: float = Field(1e-3, gt=0, le=1, description="Adam's step size at the start")
     adam_eps: float = Field(1e-5, gt=0, description="Adam's epsilon")
