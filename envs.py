@@ -17,6 +17,7 @@ import atexit
 import ctypes
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -49,7 +50,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space, write_to_shared_memory
 
 from camera import Camera, frame_planes, shrink, views
-from task import ACTIONS, CALM, ENV_ID, LANDED, OUTCOMES, TIME_LIMIT, TRAINING_SEEDS
+from task import ACTIONS, CALM, ENV_ID, LANDED, OUTCOMES, THRUSTS, TIME_LIMIT, TRAINING_SEEDS
 
 PARTICLE_AGEING = 0.15  # what render() takes from each particle's time to live
 
@@ -106,29 +107,38 @@ def draw_weather(options, seed):
 class LeanLunarLander(LunarLander):
     """LunarLander-v3 for training: the motion and rewards of gymnasium's own `step`, bit for bit, in half the time.
 
-    Box2D does the physics as ever. Only Python around it is spared: checks, small arrays, keyword arguments, the state
-    vector (which nothing here may see: observations are None) and continuous thrust. Reported scores never come from
-    this class; tests/test_envs.py compares it with the unmodified environment, random numbers and flames included.
+    Box2D does the physics as ever. Only Python around it is spared: checks, small arrays, keyword arguments, and the
+    state vector (which nothing here may see: observations are None). Reported scores never come from this class;
+    tests/test_envs.py compares it with the unmodified environment, random numbers and flames included.
     """
 
     MAIN_FLAME, SIDE_FLAME = 3.5, 0.7  # densities
 
-    def __init__(self):
-        super().__init__(render_mode="rgb_array")
+    def __init__(self, continuous=False):
+        super().__init__(render_mode="rgb_array", continuous=continuous)
         self.flames = {density: b2BodyDef(type=b2_dynamicBody, fixtures=b2FixtureDef(
             shape=b2CircleShape(radius=2 / SCALE), density=density, friction=0.1, restitution=0.3,
             categoryBits=0x0100, maskBits=0x001)) for density in (self.MAIN_FLAME, self.SIDE_FLAME)}
 
-    def add_flame(self, density, x, y):
+    def thrust(self, action):
+        """(power of the main engine, of the side engines, which of these: -1 left, 1 right), powers 0 or 0.5 to 1."""
+        if not self.continuous:
+            return float(action == 2), float(action in (1, 3)), action - 2
+        main, side = (min(max(float(value), -1.0), 1.0) for value in action)
+        return (main + 1) * 0.5 if main > 0 else 0.0, abs(side) if abs(side) > 0.5 else 0.0, math.copysign(1.0, side)
+
+    def fire(self, density, power, push_x, push_y, x, y):
+        """A flame of that density at (x, y), and its recoil on the lander."""
         self.flames[density].position = x, y
         particle = self.world.CreateBody(self.flames[density])
-        particle.ttl = 1.0
+        particle.ttl = power
         self.particles.append(particle)
-        return particle
+        particle.ApplyLinearImpulse((push_x, push_y), (x, y), True)
+        self.lander.ApplyLinearImpulse((-push_x, -push_y), (x, y), True)
 
     def step(self, action):
         """One physics step. Returns None, reward, terminated, False, {}."""
-        body, random, fuel = self.lander, self.np_random.random, 0.0
+        body, random = self.lander, self.np_random.random
         if self.enable_wind and not any(leg.ground_contact for leg in self.legs):
             body.ApplyForceToCenter((gust(self.wind_idx) * self.wind_power, 0.0), True)
             body.ApplyTorque(gust(self.torque_idx) * self.turbulence_power, True)
@@ -136,22 +146,20 @@ class LeanLunarLander(LunarLander):
             self.torque_idx += 1
         # What uniform(-1, 1) gives, in a third of its time; both are drawn at every step, used or not.
         along, across = (2 * random() - 1) / SCALE, (2 * random() - 1) / SCALE
-        if action:
+        main, side, direction = self.thrust(action)
+        if main or side:
             sin, cos = math.sin(body.angle), math.cos(body.angle)
             x, y = body.position.tuple
-            if action == 2:
-                fuel, power, density = 0.3, MAIN_ENGINE_POWER, self.MAIN_FLAME
-                along = MAIN_ENGINE_Y_LOCATION / SCALE + 2 * along
-            else:
-                fuel, power, density = 0.03, SIDE_ENGINE_POWER, self.SIDE_FLAME
-                across = 3 * across + (action - 2) * SIDE_ENGINE_AWAY / SCALE
-            push_x, push_y = sin * along - cos * across, -cos * along - sin * across
-            x, y = x + push_x, y + push_y
-            if action != 2:
-                x, y = x - sin * 17 / SCALE, y + cos * SIDE_ENGINE_HEIGHT / SCALE
-            push_x, push_y = push_x * power, push_y * power
-            self.add_flame(density, x, y).ApplyLinearImpulse((push_x, push_y), (x, y), True)
-            body.ApplyLinearImpulse((-push_x, -push_y), (x, y), True)
+        if main:
+            down = MAIN_ENGINE_Y_LOCATION / SCALE + 2 * along
+            push_x, push_y = sin * down - cos * across, -cos * down - sin * across
+            self.fire(self.MAIN_FLAME, main, push_x * MAIN_ENGINE_POWER * main, push_y * MAIN_ENGINE_POWER * main,
+                      x + push_x, y + push_y)
+        if side:
+            out = 3 * across + direction * SIDE_ENGINE_AWAY / SCALE
+            push_x, push_y = sin * along - cos * out, -cos * along - sin * out
+            self.fire(self.SIDE_FLAME, side, push_x * SIDE_ENGINE_POWER * side, push_y * SIDE_ENGINE_POWER * side,
+                      x + push_x - sin * 17 / SCALE, y + push_y + cos * SIDE_ENGINE_HEIGHT / SCALE)
         self.world.Step(1.0 / FPS, 6 * 30, 2 * 30)
 
         (x, y), (speed_x, speed_y) = body.position.tuple, body.linearVelocity.tuple
@@ -162,7 +170,7 @@ class LeanLunarLander(LunarLander):
         shaping = (
             -100 * math.sqrt(x * x + y * y) - 100 * math.sqrt(speed_x * speed_x + speed_y * speed_y)
             - 100 * abs(body.angle) + 10 * left.ground_contact + 10 * right.ground_contact)
-        reward = 0.0 if self.prev_shaping is None else shaping - self.prev_shaping - fuel
+        reward = 0.0 if self.prev_shaping is None else shaping - self.prev_shaping - main * 0.30 - side * 0.03
         self.prev_shaping = shaping
         if not body.awake:
             return None, 100.0, True, False, {}
@@ -174,11 +182,13 @@ class LeanLunarLander(LunarLander):
 class Lander:
     """One LunarLander-v3 played in decisions of `frame_skip` physics steps, seen through a Camera.
 
-    weather: some of task.CALM's options; a range [low, high] is drawn from anew for each episode.
+    continuous: an action is two thrusts, float32 (2,), in place of a number from 0 to 3. weather: some of task.CALM's
+    options; a range [low, high] is drawn from anew for each episode.
     """
 
-    def __init__(self, frame_skip, frame_stack, shrink_factor, color, **weather):
-        self.env, self.weather = self.make_env(), CALM | weather
+    def __init__(self, frame_skip, frame_stack, shrink_factor, color, continuous=False, **weather):
+        self.continuous, self.weather = continuous, CALM | weather
+        self.env = self.make_env()
         self.lander = self.env.unwrapped
         self.frame_skip = frame_skip
         self.camera = Camera(shrink_factor, color)
@@ -205,7 +215,10 @@ class Lander:
 
     def play(self, action):
         """`step` without a frame: the sum of rewards, terminated, truncated."""
-        assert 0 <= action < len(ACTIONS), action
+        if self.continuous:
+            action = np.asarray(action, np.float32)
+        else:
+            assert 0 <= action < len(ACTIONS), action
         reward = 0.0
         for _ in range(self.frame_skip):
             _, step_reward, terminated, truncated, _ = self.env.step(action)
@@ -223,7 +236,7 @@ class Lander:
         return self.stack.push(self.picture(*view))
 
     def make_env(self):
-        return gym.wrappers.TimeLimit(LeanLunarLander(), TIME_LIMIT)
+        return gym.wrappers.TimeLimit(LeanLunarLander(self.continuous), TIME_LIMIT)
 
     def begin_picture(self):
         self.camera.start(self.lander)
@@ -259,7 +272,7 @@ class RenderedLander(Lander):
     on_frame = None
 
     def make_env(self):
-        return gym.make(ENV_ID, render_mode="rgb_array", disable_env_checker=True)
+        return gym.make(ENV_ID, render_mode="rgb_array", continuous=self.continuous, disable_env_checker=True)
 
     def begin_picture(self):
         pass
@@ -313,7 +326,10 @@ class LanderGroup(gym.Env):
         self.landers = [Lander(**lander_settings) for _ in range(num_envs)]
         self.first_env, self.seed = first_env, seed
         self.generators = [self._generator(i) for i in range(num_envs)]
-        self.action_space = gym.spaces.MultiDiscrete([len(ACTIONS)] * num_envs)
+        if lander_settings.get("continuous"):
+            self.action_space = gym.spaces.Box(-1, 1, (num_envs, len(THRUSTS)), np.float32)
+        else:
+            self.action_space = gym.spaces.MultiDiscrete([len(ACTIONS)] * num_envs)
         self.observation_space = FrameStacks(0, 255, (num_envs, *self.frames[0].shape), np.uint8)
 
     def _generator(self, i):
@@ -358,7 +374,7 @@ class LanderGroup(gym.Env):
         info = {"env_frames": np.zeros(m, np.int64)}
         for i, lander in enumerate(self.landers):
             length = lander.episode_length
-            rewards[i], terminated[i], truncated[i] = lander.play(int(actions[i]))
+            rewards[i], terminated[i], truncated[i] = lander.play(actions[i])
             info["env_frames"][i] = lander.episode_length - length
         # Drawing all of them after playing all of them keeps each part's code in the processor's cache.
         for lander, view in zip(self.landers, views([lander.lander for lander in self.landers]), strict=True):
@@ -402,7 +418,8 @@ class Workers(AsyncVectorEnv):
             # copy=False: the caller copies what it keeps. spawn: forking a process whose libraries have started
             # threads can hang; and a worker is a child of the trainer itself, as it is not with forkserver.
             # DISABLED: a LanderGroup resets by itself.
-            with _time_limit(self.long_timeout, self._kill), _main_script_hidden(), _interrupt_blocked():
+            with (_time_limit(self.long_timeout, self._kill), _main_script_hidden(), _input_hidden(),
+                  _interrupt_blocked()):
                 super().__init__(make_groups, copy=False, context="spawn", autoreset_mode=AutoresetMode.DISABLED)
         except BaseException as error:
             if not getattr(self, "processes", None):  # it failed in the trainer itself
@@ -476,7 +493,9 @@ class LanderVectorEnv(VectorEnv):
         m, *frames = self.workers.single_observation_space.shape
         self.num_envs = m * self.workers.num_envs
         self.single_observation_space = gym.spaces.Box(0, 255, tuple(frames), np.uint8)
-        self.single_action_space = gym.spaces.Discrete(len(ACTIONS))
+        continuous = isinstance(self.workers.single_action_space, gym.spaces.Box)
+        self.single_action_space = (
+            gym.spaces.Box(-1, 1, (len(THRUSTS),), np.float32) if continuous else gym.spaces.Discrete(len(ACTIONS)))
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         # state[n]: the episodes that lander n has begun, and the actions of the current one. Its future depends on
@@ -522,13 +541,36 @@ def _one_axis(batch):
     return batch.reshape(-1, *batch.shape[2:])
 
 
+def unpinned_cores():
+    """The cores that this process was given, sorted; where OpenMP has pinned this thread to one, it is set free.
+
+    As OMP_PROC_BIND, OMP_PLACES and GOMP_CPU_AFFINITY ask for, OpenMP pins the thread that loads it, as `import torch`
+    does, to the first of its places. What that thread starts afterwards, workers among it, would share that core.
+    """
+    if not hasattr(os, "sched_getaffinity"):  # Linux has it
+        return list(range(os.cpu_count()))
+    allowed = os.sched_getaffinity(0)
+    cores = set(allowed)
+    with suppress(OSError, AttributeError):  # no /proc; an OpenMP that knows no places
+        with open("/proc/self/maps") as maps:
+            found = {re.search(r"/.*/lib[gi]?omp\d*[-.].*", line) for line in maps}
+        for library in [ctypes.CDLL(path) for path in {match[0] for match in found if match}]:
+            for place in range(library.omp_get_num_places()):
+                numbers = (ctypes.c_int * library.omp_get_place_num_procs(place))()
+                library.omp_get_place_proc_ids(place, numbers)
+                cores.update(numbers)
+        if cores != allowed:
+            os.sched_setaffinity(0, cores)  # places may name cores that there are not, or that are not ours
+    return sorted(os.sched_getaffinity(0))
+
+
 def _spread(processes):
     """Give each worker a core of its own, where they share the cores evenly, and let none push the trainer from its.
 
     Left to itself, the kernel often wakes two workers on the same core and moves one of them a millisecond too late; or
     the first that is woken takes the trainer's core before it has woken the others.
     """
-    if not hasattr(os, "sched_getaffinity"):  # Linux has it
+    if not hasattr(os, "sched_getaffinity"):
         return
     cores = sorted(os.sched_getaffinity(0))
     for i, process in enumerate(processes):
@@ -586,10 +628,33 @@ def _main_script_hidden():
 
 
 @contextmanager
+def _input_hidden():
+    """Processes that start meanwhile do not hold the caller's standard input, a terminal or a pipe, while they live.
+
+    multiprocessing closes their `sys.stdin`, but that leaves the file itself open.
+    """
+    if sys.__stdin__ is None:  # it was closed before we began, and 0 may be another file by now
+        yield
+        return
+    caller, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)  # neither is inherited
+    try:
+        os.dup2(nothing, 0)
+        yield
+    finally:
+        os.dup2(caller, 0)
+        os.close(caller)
+        os.close(nothing)
+
+
+@contextmanager
 def _interrupt_blocked():
-    """Ctrl-C is for the trainer, which ends its workers itself. Processes that start meanwhile inherit the block."""
-    resource_tracker.ensure_running()  # started along with the workers, it would let signals through again
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Signals to all are for the trainer, which ends its workers itself. Processes that start meanwhile inherit this.
+
+    So does multiprocessing's tracker of resources: at its start it lets SIGINT through again, which it ignores itself.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2})
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
@@ -607,7 +672,7 @@ def _check_shared_memory(size):
 
 
 def make_vector_env(num_envs, num_workers, seed=0, first_env=0, *, frame_skip=4, frame_stack=4, shrink_factor=4,
-                    color=True, **weather):
+                    color=True, continuous=False, **weather):
     """A LanderVectorEnv of num_envs landers in num_workers processes.
 
     The landers are numbered from first_env on; a lander's episodes depend on its number and on `seed` alone. Call it
@@ -616,11 +681,12 @@ def make_vector_env(num_envs, num_workers, seed=0, first_env=0, *, frame_skip=4,
     m = num_envs // num_workers
     settings = {
         "seed": seed, "frame_skip": frame_skip, "frame_stack": frame_stack, "shrink_factor": shrink_factor,
-        "color": color, **weather}
+        "color": color, "continuous": continuous, **weather}
     firsts = [first_env + w * m for w in range(num_workers)]
     groups = [partial(_make_group, os.getpid(), m, first_env=first, **settings) for first in firsts]
     picture = frame_planes(color) * (VIEWPORT_H // shrink_factor) * (VIEWPORT_W // shrink_factor)
     _check_shared_memory(num_envs * frame_stack * picture)
+    unpinned_cores()
     envs = LanderVectorEnv(groups, first_env)
     _spread(envs.workers.processes)
     return envs

@@ -12,13 +12,13 @@ Episode i uses seed + i; training never uses seeds from 1,000,000 on. The policy
 """
 
 import signal
+import sys
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "IPython" not in sys.modules:  # a notebook has a handler of its own
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is no error
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -141,8 +141,8 @@ def evaluate(policy, config, checkpoint, output, episodes=100, seed=EVALUATION_S
         "seconds": time.perf_counter() - start,
         **summarize(*results),
     }
-    if weather := config.env.weather():
-        report["env"] = weather
+    if options := config.env.options():
+        report["env"] = options
     print_report(report)  # before it is written: a full disk must not cost the score
     write_atomically(output / report_name, (json.dumps(report, indent=2) + "\n").encode())
     return report
@@ -187,7 +187,7 @@ def print_report(report):
         ("took", f"{report['seconds']:.0f} s for {report['env_frames']:,} rendered frames"),
     ]
     if "env" in report:
-        rows.insert(1, ("weather", ", ".join(f"{key} {value}" for key, value in report["env"].items())))
+        rows.insert(1, ("options", ", ".join(f"{key} {value}" for key, value in report["env"].items())))
     print("\n".join(f"{key:>9}  {value}" for key, value in rows))
 
 

@@ -15,16 +15,19 @@ once. `forward` is what the update differentiates.
 To add a policy, subclass Policy, or Temporal, and name it in POLICIES at the end.
 """
 
+import math
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import nn
 from torch.nn import functional as F
 
+LOG_STD = -0.5  # of continuous actions at the start: a deviation of 0.6, where actions lie between -1 and 1
 STAGES = ("layer1", "layer2", "layer3", "layer4")  # of a ResNet
 
 
@@ -48,8 +51,9 @@ class Spaces:
     planes: int  # of a frame: 3 in colour, 1 in gray
     height: int  # of a frame, pixels
     width: int
-    num_actions: int
-    mirrored_actions: tuple = ()  # what each action is in a mirror; empty: unknown
+    num_actions: int  # discrete actions, or numbers of a continuous one
+    mirrored_actions: tuple = ()  # what each action is in a mirror, or the signs of the numbers there; empty: unknown
+    continuous: bool = False
 
 
 class Categorical:
@@ -89,11 +93,44 @@ class Categorical:
         return -(self.log_probs.exp() * self.log_probs).sum(-1)
 
 
+class DiagonalGaussian:
+    """A normal distribution over A numbers, independent of each other, for each of B decisions.
+
+    mean float32 (B, A), log_std float32 (A,). Named as torch.distributions.Normal, summed over the A numbers. Actions
+    are what was sampled; the environment clips them where it must.
+    """
+
+    def __init__(self, mean, log_std):
+        self.mean, self.log_std = mean, log_std
+
+    def sample(self, generators=None):
+        """float32 (B, A). With `generators`, NumPy's, decision b is drawn from generator b, else all from torch's."""
+        if generators is None:
+            noise = torch.randn_like(self.mean)
+        else:
+            drawn = np.stack([rng.standard_normal(self.mean.shape[1]) for rng in generators])
+            noise = torch.from_numpy(drawn).to(self.mean)
+        return self.mean + self.log_std.exp() * noise
+
+    def mode(self):
+        """The likeliest action, float32 (B, A)."""
+        return self.mean
+
+    def log_prob(self, actions):
+        """The log of the density at actions, float32 (B, A) -> float32 (B,)."""
+        z = (actions - self.mean) * torch.exp(-self.log_std)
+        return (-0.5 * z**2 - self.log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def entropy(self):
+        """In nats, float32 (B,); of a narrow distribution it is negative."""
+        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(len(self.mean))
+
+
 @dataclass(frozen=True)
 class PolicyOutput:
     """The output of a policy for B decisions."""
 
-    distribution: Categorical  # of the action
+    distribution: Categorical | DiagonalGaussian  # of the action
     value: torch.Tensor  # float32 (B,), the expected discounted return in scaled rewards
     losses: dict = field(default_factory=dict)  # auxiliary losses by name, scalars, weighted; update adds and logs them
 
@@ -272,6 +309,8 @@ class Policy(nn.Module):
         self.hidden = nn.Sequential(orthogonal(nn.Linear(inputs, features)), nn.Tanh())
         self.actor = orthogonal(nn.Linear(features, self.spaces.num_actions), 0.01)
         self.critic = orthogonal(nn.Linear(features, 1), 1.0)
+        if self.spaces.continuous:
+            self.log_std = nn.Parameter(torch.full((self.spaces.num_actions,), LOG_STD))
 
     def load_pretrained(self):
         """Read what training shall start from, once, before it starts; WeightsError if it cannot be had."""
@@ -318,10 +357,14 @@ class Policy(nn.Module):
         """inputs (B, I) -> PolicyOutput; in float32, since probabilities are exponentials."""
         with torch.autocast(inputs.device.type, enabled=False):
             hidden = self.hidden(inputs.float())
-            logits = self.actor(hidden)
+            actor, value = self.actor(hidden), self.critic(hidden)[:, 0]
             if self.options.mirror:
-                logits = torch.where(mirrored[:, None], logits[:, list(self.spaces.mirrored_actions)], logits)
-            return PolicyOutput(Categorical(logits), self.critic(hidden)[:, 0])
+                other = list(self.spaces.mirrored_actions)
+                other = actor * torch.tensor(other, device=actor.device) if self.spaces.continuous else actor[:, other]
+                actor = torch.where(mirrored[:, None], other, actor)
+            if self.spaces.continuous:
+                return PolicyOutput(DiagonalGaussian(actor, self.log_std), value)
+            return PolicyOutput(Categorical(actor), value)
 
 
 class CNN(Policy):

@@ -3,12 +3,14 @@
     python plot.py runs/NAME                                   # one run: all its diagnostics, as runs/NAME/curves.png
     python plot.py cnn=runs/a,runs/b resnet=runs/c --output compare.png  # several: return over frames and minutes
 
-A label with several runs (seeds of one setting) is drawn as their mean, in a band from the lowest to the highest.
+A label with several runs (seeds of one setting) is drawn as their mean, in a band from the lowest to the highest. Both
+end where the shortest of the runs ends; longer ones go on as thin lines.
 """
 
 import signal
+import sys
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "IPython" not in sys.modules:  # a notebook has a handler of its own
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is no error
 
 import argparse
@@ -16,13 +18,10 @@ import csv
 from io import BytesIO
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # draws into files; no display is needed
-import matplotlib.pyplot as plt
 import numpy as np
 
 from machinery.diagnostics import CLIP_FRACTION_BAND, KL_BAND
+from machinery.drawing import Figure
 from machinery.errors import UserError, one_line
 from machinery.files import write_atomically
 from task import SOLVED
@@ -65,7 +64,8 @@ def draw_run(run, output):
     """Six panels over environment frames, as a PNG: what a training run is steered by."""
     metrics = read_metrics(run)
     frames = metrics["frames"] / 1e6
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), sharex=True, layout="constrained")
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    axes = figure.subplots(2, 3, sharex=True)
 
     def panel(axis, title, key, label=None, band=None):
         if band:
@@ -96,29 +96,56 @@ def draw_run(run, output):
 
 def draw_comparison(groups, output):
     """Training return over frames and over minutes. groups: {label: [run, ...]}, a band where a label has several."""
-    figure, axes = plt.subplots(1, 2, figsize=(13, 4.5), sharey=True, layout="constrained")
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     scales = (("frames", 1e6, "environment frames, millions"), ("speed/total_seconds", 60, "minutes of training"))
     runs = {label: [read_metrics(run) for run in folders] for label, folders in groups.items()}
+    names, means = [f"{label}, {_seeds(label, groups[label], metrics)}" for label, metrics in runs.items()], []
     for axis, (key, unit, title) in zip(axes, scales, strict=True):
-        for label, metrics in runs.items():
-            grid = np.linspace(max(m[key][0] for m in metrics), min(m[key][-1] for m in metrics), 300)
+        for metrics in runs.values():
+            begin, end = max(m[key][0] for m in metrics), min(m[key][-1] for m in metrics)
+            grid = np.linspace(begin, end, 300 if begin <= end else 0)  # where all of them are
             curves = np.stack([np.interp(grid, m[key], m["rollout/return_mean"]) for m in metrics])
-            seeds = f"{len(metrics)} seed{'s' if len(metrics) > 1 else ''}"
-            (line,) = axis.plot(grid / unit, curves.mean(0), label=f"{label}, {seeds}")
+            (mean,) = axis.plot(grid / unit, curves.mean(0))
+            means.append(mean)
             if len(metrics) > 1:
-                axis.fill_between(grid / unit, curves.min(0), curves.max(0), color=line.get_color(), alpha=0.2)
+                axis.fill_between(grid / unit, curves.min(0), curves.max(0), color=mean.get_color(), alpha=0.2)
+            for m in metrics:
+                if m[key][-1] > end:
+                    rest = np.append(max(end, m[key][0]), m[key][m[key] > end])
+                    returns = np.interp(rest, m[key], m["rollout/return_mean"])
+                    axis.plot(rest / unit, returns, color=mean.get_color(), linewidth=0.7)
         axis.axhline(SOLVED, color="black", linestyle=":", linewidth=1)
         axis.set_xlabel(title)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("return, mean of the last 100 training episodes")
-    lines = axes[0].lines[:-1]
-    axes[0].legend(lines, [line.get_label() for line in lines], loc="lower right")  # so that a label may begin with _
+    axes[0].legend(means[: len(names)], names, loc="lower right")  # given here, so that a label may begin with _
     _save(figure, output)
+
+
+def _seeds(label, folders, metrics):
+    """How many runs a label's mean is of, and how far: "3 seeds", or "3 seeds up to 0.02 M frames, then 2".
+
+    Says so of runs that end before the others. A difference of one update is none: an update has no fixed number of
+    frames.
+    """
+    seeds = f"{len(metrics)} seed{'s' if len(metrics) > 1 else ''}"
+    update = max(np.diff(m["frames"], prepend=0).max() for m in metrics)
+    ends = [m["frames"][-1] for m in metrics]
+    short = {str(folder): end for folder, end in zip(folders, ends, strict=True) if end + update < max(ends)}
+    if not short:
+        return seeds
+    told = ", ".join(f"{folder} ends at {end / 1e6:.3g}" for folder, end in short.items())
+    print(f"{label}: {told} of {max(ends) / 1e6:.3g} M frames; the mean ends with the first that ends, and longer runs "
+          "go on as thin lines", file=sys.stderr)
+    longer = sum(end > min(ends) + update for end in ends)
+    return f"{seeds} up to {min(ends) / 1e6:.3g} M frames, then {longer}"
 
 
 def draw_grid(grid, output):
     """Heat maps of mean return and landings over wind and gravity, from the dict of evaluate.evaluate_grid."""
-    figure, axes = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2)
     maps = (
         ("return_mean", "mean return", "{:.0f}", (-200, 300)), ("landed_rate", "share of landings", "{:.0%}", (0, 1)))
     for axis, (key, title, form, limits) in zip(axes, maps, strict=True):
@@ -143,9 +170,7 @@ def _save(figure, output):
     except ValueError as error:  # a format that matplotlib does not know
         raise PlotError(f"{output}: {error}") from None
     except OSError as error:
-        raise PlotError(f"{output}: {error.strerror}") from None
-    finally:
-        plt.close(figure)
+        raise PlotError(f"{output}: {error.strerror or error}") from None
 
 
 def main(argv=None):

@@ -9,8 +9,9 @@ it was stopped: finished runs are skipped, unfinished ones resumed.
 """
 
 import signal
+import sys
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "IPython" not in sys.modules:  # a notebook has a handler of its own
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is loaded; SignalWatch takes over
 
 import argparse
@@ -19,7 +20,6 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from machinery.errors import first_line, one_line
 from machinery.run_folder import RESUMABLE, is_finished
 from machinery.signals import SignalWatch
 from machinery.terminal import Outlet
-from machinery.tracking import connect, store_error
+from machinery.tracking import cause, connect, store_error
 from plot import PlotError, reached, read_metrics
 from task import SOLVED
 
@@ -75,7 +75,8 @@ class Job:
         self.folder.mkdir(parents=True, exist_ok=True)
         log = open(self.folder / "train.log", "a") if own_log else None  # noqa: SIM115 (its process keeps it)
         command = [sys.executable, TRAIN, *how, *([f"tracking.parent={parent}"] if parent else [])]
-        return subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(
+            list(map(str, command)), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
 
 def plan(source, name, seeds, overrides):
@@ -121,7 +122,7 @@ def close_parent(client, parent, status):
     try:
         client.set_terminated(parent, status)
     except Exception as error:  # trouble with records is no reason to withhold the summary
-        print(f"MLflow: {first_line(error)}", file=sys.stderr)
+        print(f"MLflow: {cause(error)}", file=sys.stderr)
 
 
 def run_all(jobs, at_once, parent, watch):

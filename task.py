@@ -15,6 +15,8 @@ FPS = 50  # physics steps per second of flight
 
 ACTIONS = ("nothing", "left engine", "main engine", "right engine")
 MIRRORED_ACTIONS = (0, 3, 2, 1)  # what each action is in a mirror
+THRUSTS = ("main engine", "side engine")  # the two numbers, -1 to 1, that are an action with env.continuous
+MIRRORED_THRUSTS = (1, -1)  # their signs in a mirror
 OUTCOMES = ("rest", "crash", "out_of_sight", "time")  # how an episode ends
 LANDED = OUTCOMES.index("rest")
 

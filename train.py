@@ -24,13 +24,13 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import signal
+import sys
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "IPython" not in sys.modules:  # a notebook has a handler of its own
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a run begins, Ctrl-C ends the process at once
 
 import argparse
 import copy
-import sys
 import time
 from collections import deque
 from contextlib import closing
@@ -327,7 +327,10 @@ class Trainer:
         """Let the policy see some frames of random play, for what it can learn from frames alone."""
         frames = []
         for _ in range(decisions):
-            actions = torch.randint(len(ACTIONS), (self.config.env.num_envs,), generator=self.generator)
+            if self.config.env.continuous:
+                actions = 2 * torch.rand(self.envs.action_space.shape, generator=self.generator) - 1
+            else:
+                actions = torch.randint(len(ACTIONS), self.envs.action_space.shape, generator=self.generator)
             self.frames = torch.from_numpy(self.envs.step(actions.numpy())[0])
             frames.append(self.frames.clone())
         self.policy.calibrate(torch.cat(frames).to(self.device))

@@ -66,7 +66,8 @@ def wrapper_stack(frame_skip, factor, color, num_envs=16):
 
 
 def ours(num_envs, num_workers, frame_skip, factor, color):
-    return make_vector_env(num_envs, num_workers, 0, frame_skip, STACK, factor, color)
+    return make_vector_env(
+        num_envs, num_workers, frame_skip=frame_skip, frame_stack=STACK, shrink_factor=factor, color=color)
 
 
 class EnvPoolLanders:

@@ -160,8 +160,8 @@ def turn(way, updates):
     # What train.py sets for itself, before torch is loaded; the others' users do not.
     environment = os.environ | ({"OMP_WAIT_POLICY": "PASSIVE"} if way == "train.py" else {})
     process = subprocess.Popen(
-        [sys.executable, __file__, "--way", way, "--updates", str(updates)], stdout=subprocess.PIPE, text=True,
-        env=environment)
+        [sys.executable, __file__, "--way", way, "--updates", str(updates)], stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, text=True, env=environment)
     peak = 0
 
     def watch():

@@ -3,5 +3,5 @@
 config, checkpoint, run, files, signals     a run: its settings, its files, its begin, its end and what comes between
 processes, device                           many processes that learn as one; GPU, threads, bfloat16, memory
 tracking, terminal, diagnostics             metrics.csv and MLflow; the live line; what curves that go wrong mean
-video, panel, publish                       landings filmed, with a policy's instruments; pages under results/
+video, panel, drawing, publish                      landings filmed, with a policy's instruments; pages under results/
 """

@@ -25,7 +25,7 @@ from machinery.config import check_config
 from machinery.errors import UserError
 from machinery.files import write_atomically
 from models import Spaces, make_policy
-from task import ACTIONS, MIRRORED_ACTIONS, VIEWPORT
+from task import ACTIONS, MIRRORED_ACTIONS, MIRRORED_THRUSTS, THRUSTS, VIEWPORT
 
 MAGIC = b"lunar-pixels checkpoint 1\n"
 POLICY_FILE = "policy.safetensors"
@@ -36,8 +36,8 @@ class CheckpointError(UserError):
 
 
 def save_config(config, path):
-    """Write every key of the resolved config as YAML."""
-    write_atomically(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+    """Write every key of the resolved config as YAML, but no credentials."""
+    write_atomically(path, yaml.safe_dump(config.saved(), sort_keys=False).encode())
 
 
 def save_checkpoint(path, state):
@@ -85,7 +85,7 @@ def load_checkpoint(path, warn=print):
 def policy_bytes(policy, config, env_frames):
     """Weights for sharing: safetensors, with config and the frames it was trained for in the metadata."""
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in policy.state_dict().items()}
-    metadata = {"config": json.dumps(config.model_dump(mode="json")), "env_frames": str(env_frames)}
+    metadata = {"config": json.dumps(config.saved()), "env_frames": str(env_frames)}
     metadata["sha256"] = _digest(tensors, metadata)  # safetensors itself does not notice a flipped bit
     return safetensors_bytes(tensors, metadata)
 
@@ -152,7 +152,9 @@ def build_policy(config):
     """The untrained policy that `config` describes, for the frames and actions that it describes."""
     env = config.env
     height, width = (side // env.shrink_factor for side in VIEWPORT)
-    spaces = Spaces(env.frame_stack, frame_planes(env.color), height, width, len(ACTIONS), MIRRORED_ACTIONS)
+    actions, mirrored = (THRUSTS, MIRRORED_THRUSTS) if env.continuous else (ACTIONS, MIRRORED_ACTIONS)
+    spaces = Spaces(
+        env.frame_stack, frame_planes(env.color), height, width, len(actions), mirrored, continuous=env.continuous)
     return make_policy(config.model, spaces)
 
 

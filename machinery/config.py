@@ -9,6 +9,7 @@ of doc; a YAML file holds only what differs. `python -m machinery.config` prints
 import difflib
 import json
 import math
+import re
 import signal
 from pathlib import Path
 from typing import Annotated
@@ -24,13 +25,21 @@ from task import CALM, VIEWPORT
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Weather = float | list[float]  # a number, or the ends of a range
+MASK = "***"  # in place of the credentials of a URI
 
 
 class ConfigError(UserError):
     """A mistake in a config: where it is, and what is allowed."""
 
     def __init__(self, message):
-        super().__init__(" ".join(map(str.strip, message.splitlines())))  # a key or an override may hold line breaks
+        # A key or an override may hold line breaks, or a URI with a password.
+        super().__init__(masked(" ".join(map(str.strip, message.splitlines()))))
+
+
+def masked(text):
+    """`text`, which is or quotes one URI, without the URI's credentials."""
+    text = re.sub(r"://[^/\s].*@", f"://{MASK}@", text)
+    return re.sub(r"(password|passwd|pwd|token)=[^&\s]*", rf"\1={MASK}", text, flags=re.IGNORECASE)
 
 
 class Run(Strict):
@@ -40,7 +49,7 @@ class Run(Strict):
         description="folder under runs/; empty: config file and time of start")
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:(0|[1-9][0-9]?))?)$", description="auto, cpu, cuda or cuda:N")
-    num_threads: int = Field(0, ge=0, le=1024, description="CPU threads of the update; 0: one per core")
+    num_threads: int = Field(0, ge=0, le=1024, description="CPU threads of the update; 0: one per core it may use")
     bf16: bool | None = Field(None, description="bfloat16 autocast in the network; null: where hardware computes it")
 
 
@@ -51,6 +60,7 @@ class Env(Strict):
     frame_stack: int = Field(4, ge=1, le=64, description="frames the policy sees, one per decision")
     shrink_factor: Positive = Field(4, description="600x400 pixels divided by this; divides 200, 25 at most")
     color: bool = Field(True, description="red, green and blue planes; false: gray")
+    continuous: bool = Field(False, description="actions are thrusts of main and side engine; false: one of four")
     gravity: Weather = Field(-10.0, description="between -12 and 0; [low, high]: each episode draws its own")
     enable_wind: bool = Field(False, description="wind pushes the lander sideways, turbulence turns it")
     wind_power: Weather = Field(15.0, description="strength of the wind, 0 to 20; or [low, high]")
@@ -91,9 +101,10 @@ class Env(Strict):
         """The settings of an envs.Lander: how it is seen, and its weather."""
         return self.model_dump(exclude={"num_envs", "num_workers"})
 
-    def weather(self):
+    def options(self):
         """The options of LunarLander-v3 that are not gymnasium's defaults."""
-        return {key: getattr(self, key) for key, usual in CALM.items() if getattr(self, key) != usual}
+        defaults = CALM | {"continuous": False}
+        return {key: getattr(self, key) for key, usual in defaults.items() if getattr(self, key) != usual}
 
 
 class PPO(Strict):
@@ -134,8 +145,9 @@ class Evaluation(Strict):
 
 class Tracking(Strict):
     mlflow: bool = Field(True, description="log to MLflow; metrics.csv is written in any case")
-    uri: str = Field("sqlite:///mlflow.db", description="MLflow store; the default is what a bare `mlflow ui` opens")
-    experiment: str = Field("lunar-lander", min_length=1, description="MLflow experiment")
+    uri: str = Field(
+        "", description="MLflow store; empty: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db, which `mlflow ui` opens")
+    experiment: str = Field("", description="MLflow experiment; empty: MLFLOW_EXPERIMENT_NAME, else lunar-lander")
     parent: str = Field("", pattern=r"^\w*$", description="id of an MLflow run to be a child of; empty: none")
     checkpoint_interval: Positive = Field(100_000, description="frames between checkpoints")
     keep: Positive = Field(2, description="newest checkpoints kept, besides the best")
@@ -201,6 +213,12 @@ class Config(Strict):
                 "conflict",
                 "model.mirror=true needs model.glimpse, which tells left from right; set model.mirror=false")
         return self
+
+    def saved(self):
+        """Nested dicts of plain values as files keep them: without the credentials of a URI."""
+        tree = self.model_dump(mode="json")
+        tree["tracking"]["uri"] = masked(tree["tracking"]["uri"])
+        return tree
 
     def flat(self):
         """{"section.key": value} in the order of declaration."""

@@ -1,11 +1,14 @@
 """Where the network computes, and how: CPU or GPU, threads, bfloat16, memory."""
 
 import ctypes
+import math
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from envs import unpinned_cores
 from machinery.errors import UserError
 
 
@@ -24,9 +27,41 @@ def choose_device(name, processes):
     return device
 
 
-def cores_for(processes):
-    """How many cores each of this machine's processes has to itself."""
-    return max(len(os.sched_getaffinity(0)) // processes.local_size, 1)
+def cores_for(processes, cgroups="/sys/fs/cgroup", membership="/proc/self/cgroup"):
+    """How many cores each of this machine's processes has to itself, by its affinity and its control groups."""
+    cores = len(unpinned_cores())
+    pins = [name for name in ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY") if name in os.environ]
+    if pins and cores < processes.local_size and processes.rank == 0:
+        print(f"torchrun has {cores} core(s) for {processes.local_size} processes: {pins[0]} pins it; unset {pins[0]}")
+    return max(math.ceil(min(cores, cpu_quota(cgroups, membership))) // processes.local_size, 1)
+
+
+def cpu_quota(cgroups, membership):
+    """How many CPUs' time this process's control groups allow it, such as 0.5; infinity if they set no limit.
+
+    A container may show its own group as the root of `cgroups` and still name it by the path that it has outside.
+    """
+    quotas = [math.inf]
+    with suppress(OSError, ValueError):
+        for line in Path(membership).read_text().splitlines():
+            _, controllers, group = line.split(":", 2)  # version 2: "0::/a/b"; version 1: "4:cpu,cpuacct:/a/b"
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            parts = [part for part in group.split("/") if part]
+            for root in {Path(cgroups, controllers), Path(cgroups, "cpu")} if controllers else {Path(cgroups)}:
+                quotas += [_own_quota(root.joinpath(*parts[:depth])) for depth in range(len(parts) + 1)]
+    return min(quotas)
+
+
+def _own_quota(folder):
+    """The limit of one control group, without those around it."""
+    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):  # version 2, version 1
+        # No such file; "max" or -1, which is no limit.
+        with suppress(OSError, ValueError, ZeroDivisionError):
+            quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
+            if quota > 0:
+                return quota / period
+    return math.inf
 
 
 def make_autocast(device, bf16):

@@ -60,7 +60,7 @@ class Diagnostics:
                 f"ppo.learning_rate={ppo.learning_rate:g}, set ppo.target_kl (now {ppo.target_kl}), or lower "
                 f"ppo.update_epochs={ppo.update_epochs}"),
             "low entropy": (
-                entropy < LOW_ENTROPY and returns < SOLVED,
+                entropy < LOW_ENTROPY and returns < SOLVED and not env.continuous,  # there it may well be negative
                 f"entropy has fallen to {entropy:.2f} nats at a return of {returns:.0f}: the policy has stopped "
                 f"trying. Raise ppo.entropy_coef={ppo.entropy_coef:g}, lower ppo.learning_rate={ppo.learning_rate:g} "
                 f"or ppo.update_epochs={ppo.update_epochs}"),

@@ -24,5 +24,5 @@ def one_line(script, *others, hint=""):
     except (UserError, *others) as error:
         sys.exit(f"{script}: {error}")
     except OSError as error:
-        said = f"{error.filename}: {error.strerror}" if error.filename else error
+        said = f"{error.filename}: {error.strerror or error}" if error.filename else error
         sys.exit(f"{script}: {said}{hint}")

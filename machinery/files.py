@@ -1,11 +1,16 @@
 """Files that are whole or not there, and folders that one process holds at a time."""
 
+import errno
 import fcntl
 import os
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from machinery.errors import UserError
+
+# How a file system says that it cannot open a folder as a file, or cannot bring it, or anything, down to the disk.
+UNSUPPORTED = {
+    errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM}
 
 
 def write_atomically(path, data):
@@ -16,18 +21,44 @@ def write_atomically(path, data):
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the first one is told
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             error.filename, error.filename2 = str(path), None  # a full disk is reported without a name
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+
+
+def sync(descriptor):
+    """Bring what was written down to the disk, where the file system can do that."""
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+
+
+def _sync_folder(folder):
+    descriptor = _open_folder(folder)
+    if descriptor is None:
+        return
+    try:
+        sync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
+
+
+def _open_folder(folder):
+    """A descriptor, or None where the file system opens no folders."""
+    try:
+        return os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        return None
 
 
 def remove_unfinished(folder):
@@ -49,7 +80,10 @@ def locked(folder, wait=False):
 
     If another process holds it: UserError, or with `wait` wait for its end.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = _open_folder(folder)
+    if descriptor is None:  # then there is nothing to lock
+        yield
+        return
     try:
         with suppress(OSError):  # a file system without locks
             try:

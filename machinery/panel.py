@@ -13,12 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import cv2
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
+from machinery.drawing import Figure, FigureCanvasAgg, matplotlib
+from machinery.errors import UserError
 from models import Policy, Temporal
 from task import ACTIONS, FPS, VIEWPORT
 
@@ -91,6 +90,8 @@ class Panel:
     width = WIDTH
 
     def __init__(self, policy, config, title):
+        if policy.spaces.continuous:
+            raise UserError("the panel knows the four discrete actions only")
         self.policy, self.frame_skip, self.reward_scale = policy, config.env.frame_skip, config.ppo.reward_scale
         self.times, self.returns, self.values = [], [], []  # seconds; points so far; points still expected
         self.steps = min(policy.spaces.frame_stack, SHOWN)

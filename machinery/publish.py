@@ -7,8 +7,9 @@ Nothing is typed by hand: every number comes from the run's own metrics.csv, con
 """
 
 import signal
+import sys
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "IPython" not in sys.modules:  # a notebook has a handler of its own
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is no error
 
 import argparse

@@ -29,6 +29,7 @@ from machinery.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from machinery.config import masked
 from machinery.diagnostics import Diagnostics
 from machinery.errors import UserError
 from machinery.files import write_atomically
@@ -129,16 +130,17 @@ class Run:
     def recording(self, trainer):
         """metrics.csv and MLflow are open; at the end the MLflow run says how it ended."""
         self.trainer = trainer
-        many = self.processes.size > 1
-        threads = f"{self.processes.size} processes of {trainer.num_threads}" if many else trainer.num_threads
+        many, count = self.processes.size > 1, trainer.num_threads
+        threads = f"{self.processes.size} processes of {count}" if many else count
         self.watch.deferred = True  # a run that MLflow has begun is to be ended there
         first = self.processes.rank == 0
         with Tracker(self.config, self.folder, threads, self.run_id) if first else nullcontext() as self.tracker:
             self.watch.check_all()
             if self.tracker:
                 self.run_id = self.tracker.run_id
-                frames = f"{self.config.ppo.total_frames:,} frames"
-                print(f"{self.folder}: {self.config.model.name}, {trainer.device.type}, {frames}", flush=True)
+                words = [f"{self.config.ppo.total_frames:,} frames", f"{threads} thread{'s' * (count > 1)}"]
+                words += [f"MLflow store {masked(self.tracker.settings.uri)}"] if self.tracker.client else []
+                print(f"{self.folder}: {self.config.model.name}, {trainer.device.type}, {', '.join(words)}", flush=True)
             yield
             self.watch.deferred = True
         if first:
@@ -291,7 +293,7 @@ class Run:
             return
         self._save_best()
         folder, frames = self.folder / "checkpoints", self.last_snapshot["counters"]["env_frames"]
-        config = {"config": self.config.model_dump(mode="json")}
+        config = {"config": self.config.saved()}
         save_checkpoint(folder / f"{frames:012d}.ckpt", config | self.trainer.state_dicts() | self.last_snapshot)
         for old in sorted(folder.glob("*.ckpt"))[: -self.config.tracking.keep]:
             old.unlink(missing_ok=True)

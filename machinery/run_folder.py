@@ -15,7 +15,7 @@ from machinery.checkpoint import POLICY_FILE, CheckpointError, load_checkpoint, 
 from machinery.config import ConfigError, apply_overrides, changed_keys, check_config, load_config
 from machinery.files import locked, newest_run, remove_unfinished
 from machinery.processes import launcher
-from machinery.tracking import Metrics
+from machinery.tracking import Metrics, with_store
 from task import LANDED
 
 RESUMABLE = ("ppo.total_frames", "run.device", "run.num_threads", "evaluation.", "tracking.")
@@ -64,6 +64,7 @@ def start_run(args, lock, processes=1):
     if args.resume is not None:
         return resume_run("latest" if args.resume == "latest" else Path(args.resume), args.overrides, lock, processes)
     config = load_config(args.config, args.overrides)
+    config = config.model_copy(update={"tracking": with_store(config.tracking)})
     folder = new_folder(config, args.config)
     lock.enter_context(locked(folder))
     remove_unfinished(folder)
@@ -104,6 +105,7 @@ def resume_run(path, overrides, lock, processes=1):
     remove_unfinished(folder)
     if is_finished(config, state):
         return config, folder, state
+    config = config.model_copy(update={"tracking": with_store(config.tracking)})
     # Left in their place, newer ones, damaged or not, would be taken for newer than those that are about to be saved.
     newer = [file for file in folder.glob("checkpoints/*.ckpt") if file.name > f"{counters['env_frames']:012d}.ckpt"]
     policy, metrics = folder / "checkpoints" / POLICY_FILE, folder / "metrics.csv"

@@ -1,12 +1,20 @@
-"""Ctrl-C and SIGTERM end a run in order: they wait until the work of the moment is whole."""
+"""Ctrl-C, SIGTERM and a scheduler's warning end a run in order: they wait until the work of the moment is whole."""
 
+import ctypes
+import os
 import signal
+import sys
 
 from machinery.processes import SINGLE_PROCESS
 
+WISHES = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a person's, or the system's
+# A scheduler's, before a job's time is over: Slurm's --signal, LSF and Grid Engine send SIGUSR1 or SIGUSR2, a limit on
+# CPU time SIGXCPU. What does not know them dies of them.
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+
 
 class Interrupted(SystemExit):
-    """SIGINT, SIGTERM or SIGHUP: the user's wish and no error. Its `code` is the exit status that shells expect."""
+    """A signal that ends the run: no error. Its `code` is the exit status that shells expect."""
 
     def __init__(self, number):
         super().__init__(128 + number)
@@ -17,21 +25,25 @@ class Interrupted(SystemExit):
 
 
 class SignalWatch:
-    """Raises Interrupted after the first SIGINT, SIGTERM or SIGHUP: at once, or at the next `check` if `deferred`.
+    """Raises Interrupted after the first of these signals: at once, or at the next `check` if `deferred`.
 
-    The same signal again ends the process as if there were no watch. Under torchrun a second signal means nothing:
-    torchrun sends each process a signal that it may have received already, and kills all of them after half a minute.
+    The same wish again ends the process as if there were no watch. A warning may come several times: from the system
+    every second, from Slurm through srun as well. Under torchrun a second signal means nothing: torchrun sends each
+    process a signal that it may have received already, and kills all of them after half a minute.
     """
 
     def __init__(self, processes=SINGLE_PROCESS):
         self.received, self.deferred, self.processes = None, False, processes
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (*WISHES, *WARNINGS):
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 signal.signal(number, self._receive)
+        if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+            # PR_SET_PDEATHSIG: torchrun itself dies of a warning, and its processes would go on unseen.
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
     def _receive(self, number, _):
         first, self.received = self.received is None, self.received or number
-        if self.processes.size == 1:
+        if self.processes.size == 1 and number in WISHES:
             signal.signal(number, signal.SIG_DFL)
         if first and not self.deferred:
             self.check()

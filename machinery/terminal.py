@@ -1,6 +1,7 @@
 """What a person reads while a run goes on: a live line on a terminal, plain lines in a file."""
 
 import os
+from contextlib import suppress
 
 from tqdm import tqdm
 
@@ -8,29 +9,46 @@ from tqdm import tqdm
 class Outlet:
     """A standard stream that may break, as a pipe to `head` or a log on a full disk does; messages then get lost.
 
-    A run goes on without its messages.
+    A run goes on without its messages. Notebooks and loggers put streams of their own in place of the standard ones;
+    such a stream need have no more than `write`.
     """
 
     def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 - None where the shell has closed it
-        self.stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, Outlet):  # a notebook's %run leaves it there for the next one
+            stream = stream.stream
+        self.stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115 - None: the shell closed it
+        with suppress(AttributeError, ValueError):  # no text file, or a closed one
+            self.stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
     def write(self, text):
-        self._try(self.stream.write, text)
+        try:
+            self._try(self.stream.write, text)
+        except UnicodeEncodeError:  # could not be reconfigured
+            self._try(self.stream.write, text.encode("ascii", "backslashreplace").decode())
         return len(text)
 
     def flush(self):
-        self._try(self.stream.flush)
+        with suppress(AttributeError):
+            self._try(self.stream.flush)
+
+    def isatty(self):
+        try:
+            return self.stream.isatty()
+        except (AttributeError, OSError, ValueError):
+            return False
 
     def _try(self, call, *args):
         try:
             call(*args)
         except BrokenPipeError:  # nobody will read again, so the rest goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-        except OSError:
+            with suppress(AttributeError, OSError):  # no file
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except UnicodeEncodeError:
+            raise
+        except (OSError, ValueError):  # ValueError: it is closed
             pass
 
 

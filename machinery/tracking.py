@@ -11,7 +11,6 @@ import json
 import math
 import os
 import platform
-import re
 import subprocess
 import sys
 import threading
@@ -21,22 +20,30 @@ from concurrent.futures import Future
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import psutil
 import torch
 
+from machinery.config import MASK, masked
 from machinery.errors import UserError, first_line
-from machinery.files import locked, write_atomically
+from machinery.files import locked, sync, write_atomically
 
 # MLflow reads these when it is imported; its default of 7 retries would take minutes to notice a dead server.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
+try:
+    Path.home()
+except RuntimeError:  # no HOME, and a user id without a name, as in some containers: MLflow could not be imported
+    os.environ["HOME"] = "/nonexistent"  # nothing can be planted there, as it could be in a folder for all
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (  # one of the two Box2D packages, whichever gymnasium asked for
     "torch", "torchvision", "gymnasium", "box2d", "box2d-py", "pygame-ce", "opencv-python-headless", "numpy", "mlflow")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+STORE, EXPERIMENT = "sqlite:///mlflow.db", "lunar-lander"  # where neither the config nor MLflow's variables name one
 TIMEOUT = 90  # seconds for a store to answer: it makes a new store's tables in 6 s, on a busy machine in 30 s
 
 
@@ -150,7 +157,7 @@ class Metrics:
             try:
                 if file.write(data) < len(data):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fsync(file.fileno())
+                sync(file.fileno())
             except OSError as error:
                 file.truncate(size)
                 error.filename = str(self.path)  # a full disk is reported without a name
@@ -269,6 +276,24 @@ class Sender(threading.Thread):
         return len(self.queue.waiting("MLflow")), len(self.files)
 
 
+def with_store(settings):
+    """A config's `tracking` whose store and experiment are MLflow's own variables, or the defaults, if it names none.
+
+    A saved URI lacks its credentials, so a resumed run needs it again. TrackingError if it is not given.
+    """
+    uri, experiment = settings.uri, settings.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")
+    if MASK in uri and settings.mlflow:
+        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+        if not uri:
+            raise TrackingError(
+                f"tracking.uri={settings.uri} was saved without its credentials; give it again, as tracking.uri=URI "
+                "or in MLFLOW_TRACKING_URI, or train without it: tracking.mlflow=false")
+    if not experiment:
+        experiment = "" if os.environ.get("MLFLOW_EXPERIMENT_ID") else EXPERIMENT
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or STORE
+    return settings.model_copy(update={"uri": uri, "experiment": experiment})
+
+
 def connect(settings, folder):
     """MLflow's client and the id of the experiment; the store and the experiment are made where they are missing.
 
@@ -276,15 +301,14 @@ def connect(settings, folder):
     """
     import mlflow
 
-    answer = Future()
+    settings, answer = with_store(settings), Future()
 
     def work():
         try:
             with locked(folder, wait=True):  # two processes that made the tables of one new store at once would fail
-                check_database(settings.uri)
-                mlflow.set_tracking_uri(settings.uri)
-                experiment = mlflow.set_experiment(settings.experiment).experiment_id
-                answer.set_result((mlflow.MlflowClient(), experiment))
+                # No mlflow.set_tracking_uri or set_experiment: they write to the environment, which the next run reads.
+                client = mlflow.MlflowClient(check_database(settings.uri))
+                answer.set_result((client, experiment_id(client, settings.experiment)))
         except Exception as error:  # whatever the store raises, the user needs one line of it
             answer.set_exception(error)
 
@@ -299,16 +323,60 @@ def connect(settings, folder):
         raise store_error(settings, error) from error
 
 
+def experiment_id(client, name):
+    """The id of the experiment of that name, which is made where it is missing; without a name, MLFLOW_EXPERIMENT_ID's.
+    """
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name) if name else client.get_experiment(os.environ["MLFLOW_EXPERIMENT_ID"])
+    if not found:
+        try:
+            return client.create_experiment(name)
+        except MlflowException:  # somebody else has made it meanwhile
+            found = client.get_experiment_by_name(name)
+            if not found:
+                raise
+    if found.lifecycle_stage != "active":
+        raise MlflowException(f"experiment {found.name!r} is deleted; choose another tracking.experiment or restore it")
+    return found.experiment_id
+
+
+def lost_artifacts(uri, artifacts):
+    """The folder in which a moved store, or a copied one, would put a run's files; None: it is where it should be.
+
+    MLflow stores the absolute path of its mlruns/, by default in the working folder of the first run. That is out of
+    date once the folder has been moved, and in a copy it is the original's.
+    """
+    import sqlalchemy
+
+    if not uri.startswith("sqlite") or urlsplit(artifacts).scheme not in ("", "file"):
+        return None  # servers and clouds take care of their own
+    store = Path(sqlalchemy.make_url(uri).database or "").resolve()
+    folder = Path(unquote(artifacts.removeprefix("file://")) if artifacts.startswith("file:") else artifacts)
+    root = next((parent for parent in folder.parents if parent.name == "mlruns"), None)
+    if root is None:  # a folder that a user chose
+        return None
+    origin = root.parent.resolve()
+    moved = origin not in (store.parent, Path.cwd()) and (not origin.exists() or (origin / store.name).exists())
+    return root if moved else None
+
+
 def check_database(uri):
-    """Open the store once, if it is a database, since MLflow would retry for 102 s; the exception names the cause."""
+    """Open the store once, if it is a database, since MLflow would retry for 102 s; the exception names the cause.
+
+    Returns the URI, that of a file with its whole path: MLflow takes a relative one for the same in every folder.
+    """
     import sqlalchemy
 
     if not uri.startswith(DATABASES):
-        return
+        return uri
     url, is_sqlite = sqlalchemy.make_url(uri), uri.startswith("sqlite")
-    if is_sqlite and url.database and not url.database.startswith("file:"):
+    if is_sqlite and url.database and not url.database.startswith(("file:", ":memory:")):
         if Path(url.database).is_dir():
             raise IsADirectoryError(f"{url.database} is a folder")
+        if "?" not in os.getcwd():  # in a URI, settings begin there
+            url = url.set(database=os.path.abspath(url.database))
+            uri = url.render_as_string(hide_password=False)
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
     # A SQLite database may be held by another process for so many seconds.
     engine = sqlalchemy.create_engine(url, connect_args={"timeout": TIMEOUT / 3} if is_sqlite else {})
@@ -320,11 +388,13 @@ def check_database(uri):
         raise error.orig from None  # without SQLAlchemy's words around it
     finally:
         engine.dispose()
+    return uri
 
 
 def store_error(settings, error):
+    uri = masked(with_store(settings).uri)
     return TrackingError(
-        f"MLflow store {masked(settings.uri)} cannot be used: {cause(error)}; tracking.mlflow=false trains without it")
+        f"MLflow store {uri} cannot be used: {cause(error)}; tracking.mlflow=false trains without it")
 
 
 def cause(error):
@@ -332,21 +402,16 @@ def cause(error):
     return masked(first_line(error))
 
 
-def masked(text):
-    """`text`, which is or quotes one URI, without the URI's credentials."""
-    text = re.sub(r"://[^/\s].*@", "://***@", text)
-    return re.sub(r"(password|passwd|pwd|token)=[^&\s]*", r"\1=***", text, flags=re.IGNORECASE)
-
-
 class Tracker:
     """Use as a context: leaving it ends the MLflow run as FINISHED, KILLED (interrupted) or FAILED (any error)."""
 
     def __init__(self, config, run_folder, threads, run_id=None):
-        self.folder, self.settings, self.tags = Path(run_folder), config.tracking, machine_tags(threads)
+        self.folder, self.settings, self.tags = Path(run_folder), with_store(config.tracking), machine_tags(threads)
         self.queue = Queue("disk", "MLflow") if self.settings.mlflow else Queue("disk")
         self.metrics = Metrics(self.folder / "metrics.csv", self.queue)
         self._tell_differences()
         self.client, self.run_id, self.sender, self.told = None, run_id, None, set()
+        self.keeps_files = False  # whether MLflow gets the run's files
         if self.settings.mlflow:
             self._start_mlflow(config)
 
@@ -374,8 +439,13 @@ class Tracker:
                 params = [Param(key, masked(str(value))) for key, value in config.flat().items()]
                 self.client.log_batch(self.run_id, params=params, tags=[RunTag("run_folder", self.folder.name)])
             there = {metric.step for metric in self.client.get_metric_history(self.run_id, "update/entropy")}
+            lost = lost_artifacts(self.settings.uri, self.client.get_run(self.run_id).info.artifact_uri)
         except Exception as error:
             raise store_error(self.settings, error) from error
+        self.keeps_files = lost is None
+        if lost:
+            print(f"MLflow's store was moved or copied and still names {lost} for this run's files, so it gets none; "
+                  f"they are in {self.folder}, and docs/tracking.md says how to mend the store", file=sys.stderr)
         self._fill_gap(there)
         self.sender = Sender(self.client, self.run_id, self.queue, there)
         self.sender.start()
@@ -415,7 +485,7 @@ class Tracker:
 
     def artifact(self, path, folder=None):
         """Send a file, or what is in a folder, beside the training, to `folder` among the run's artifacts."""
-        if self.sender and (Path(path), folder) not in list(self.sender.files):  # a copy: the sender takes from it
+        if self.keeps_files and (Path(path), folder) not in list(self.sender.files):  # a copy: the sender takes from it
             self.sender.files.append((Path(path), folder))
 
     def _try(self, what, call, *args):

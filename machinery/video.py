@@ -36,9 +36,11 @@ class VideoRecorder:
         for index in list(self.writers):
             self._close(index)
         for path in self.paths if exception[0] is None else ():
-            try:
-                imageio_ffmpeg.count_frames_and_secs(path)  # the encoder does not tell when a full disk cut it off
+            try:  # the encoder does not tell when a full disk cut it off
+                whole = _ffmpeg("-i", path, "-map", "0:v:0", "-f", "null", "-").returncode == 0
             except (OSError, RuntimeError):
+                whole = False
+            if not whole:
                 path.unlink(missing_ok=True)
                 if not (self.panel_failure and path.stem.endswith("-panel")):  # of which it has been told
                     self._fail(OSError(f"{path} is not whole"))
@@ -148,13 +150,22 @@ def write_webp(video, output, fps=12.5, hold=2):
 
 def _encode(video, output, *options):
     try:
-        ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
+        done = _ffmpeg("-y", "-i", video, *options, output)
     except RuntimeError as error:
         raise OSError(errno.ENOENT, first_line(error), str(output)) from error
-    command = [ffmpeg, "-y", "-loglevel", "error", "-i", str(video), *options, str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or ["the encoder failed"]
         raise OSError(errno.EIO, reason[0], str(output))
+
+
+def _ffmpeg(*words):
+    """Run ffmpeg to its end; RuntimeError if there is none.
+
+    It gets no input. It would read the caller's, such as the rest of a loop's list; and it would change the settings of
+    a terminal, which stops a job in the background.
+    """
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-loglevel", "error", *map(str, words)]
+    return subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False)
 
 

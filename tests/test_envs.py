@@ -127,6 +127,37 @@ def test_every_frame_in_every_weather_equals_the_renderers(lander_class, weather
             assert got == reward
 
 
+def continuous_heuristic(env, state):
+    return heuristic(env.unwrapped, state)
+
+
+def continuous_random(seed):
+    rng = np.random.default_rng(seed)
+    return lambda env, state: rng.uniform(-1.5, 1.5, 2).astype(np.float32)  # beyond the limits, too
+
+
+@pytest.mark.parametrize("lander_class", [Lander, RenderedLander])
+@pytest.mark.parametrize("options", [{}, {"enable_wind": True, "gravity": -6.0}], ids=["calm", "wind"])
+def test_continuous_engines_equal_the_unmodified_environments(lander_class, options):
+    """Frames, rewards and, of the lean lander, motion and random numbers, bit for bit."""
+    lander = lander_class(1, 1, 4, True, continuous=True, **options)
+    for seed in range(4):
+        choose = continuous_heuristic if seed % 2 else continuous_random(seed)
+        env = gym.make(ENV_ID, render_mode="rgb_array", continuous=True, **options)
+        state, _ = env.reset(seed=seed)
+        np.testing.assert_array_equal(lander.reset(seed), shrink(env.render(), 4, True))
+        ended = False
+        while not ended:
+            action = choose(env, state)
+            state, reward, terminated, truncated, _ = env.step(action)
+            frame = shrink(env.render(), 4, True)
+            seen, got, *endings = lander.step(action)
+            np.testing.assert_array_equal(seen, frame)
+            assert (got, endings) == (reward, [terminated, truncated and not terminated])
+            assert motion(lander.lander) == motion(env.unwrapped)
+            ended = terminated or truncated
+
+
 def test_a_range_is_drawn_from_the_seed_of_the_episode():
     options = CALM | {"gravity": [-12.0, -8.0], "wind_power": [0.0, 20.0]}
     drawn = [draw_weather(options, seed) for seed in range(200)]
@@ -492,21 +523,26 @@ def test_episodes_never_use_evaluation_seeds(monkeypatch):
     assert max(seeds) < TRAINING_SEEDS < 1_000_000
 
 
-def test_state_restores_landers_in_mid_episode():
+@pytest.mark.parametrize("continuous", [False, True])
+def test_state_restores_landers_in_mid_episode(continuous):
     rng = np.random.default_rng(0)
+
+    def actions():
+        return rng.uniform(-1, 1, (6, 2)).astype(np.float32) if continuous else rng.integers(4, size=6)
+
     weather = {"gravity": [-12.0, -8.0], "enable_wind": True, "wind_power": [0.0, 20.0]}
     envs, others = (
-        make_vector_env(num_envs=6, num_workers=n, seed=7, first_env=12, **SETTINGS, **weather) for n in (1, 2))
+        make_vector_env(6, n, seed=7, first_env=12, continuous=continuous, **SETTINGS, **weather) for n in (1, 2))
     try:
         envs.reset()
         others.reset()
         for _ in range(40):
-            frames = envs.step(rng.integers(4, size=6))[0]
+            frames = envs.step(actions())[0]
         assert max(episodes for episodes, _ in envs.state) > 1
         np.testing.assert_array_equal(others.restore(envs.state), frames)
         for _ in range(60):
-            actions = rng.integers(4, size=6)
-            for mine, theirs in zip(envs.step(actions)[:4], others.step(actions)[:4], strict=True):
+            chosen = actions()
+            for mine, theirs in zip(envs.step(chosen)[:4], others.step(chosen)[:4], strict=True):
                 np.testing.assert_array_equal(mine, theirs)
         assert others.state == envs.state
     finally:

@@ -63,7 +63,7 @@ def test_report_equals_episodes_played_by_hand(weather, policy_file, tmp_path):
     assert report["return_ci95"][0] <= report["return_mean"] <= report["return_ci95"][1]
     assert "return" in done.stdout
     assert report.get("env", {}) == weather
-    assert ("weather  gravity -8.0, enable_wind True" in done.stdout) == bool(weather)
+    assert ("options  gravity -8.0, enable_wind True" in done.stdout) == bool(weather)
 
     reader = imageio_ffmpeg.read_frames(str(tmp_path / "videos" / "seed-1000007.mp4"))
     meta = next(reader)

@@ -14,6 +14,7 @@ from models import (
     POLICIES,
     CalibrationError,
     Categorical,
+    DiagonalGaussian,
     Glimpse,
     Policy,
     Spaces,
@@ -351,6 +352,43 @@ def test_any_resnet_of_torchvision_will_do(name, frames):
 def test_shipped_configs_build_their_policy(path):
     config = load_config(path)
     make_policy(config.model, SPACES)
+
+
+def test_gaussian_is_that_of_torch_and_can_be_sampled_from_generators_of_its_own():
+    torch.manual_seed(0)
+    mean, log_std, actions = torch.randn(5, 2), torch.tensor([-0.5, 0.3]), torch.randn(5, 2)
+    ours, theirs = DiagonalGaussian(mean, log_std), torch.distributions.Normal(mean, log_std.exp())
+    torch.testing.assert_close(ours.log_prob(actions), theirs.log_prob(actions).sum(-1))
+    torch.testing.assert_close(ours.entropy(), theirs.entropy().sum(-1))
+    assert torch.equal(ours.mode(), mean)
+    many = DiagonalGaussian(mean[:1].expand(20_000, 2), log_std)
+    for drawn in (many.sample(), many.sample([np.random.default_rng(i) for i in range(20_000)])):
+        assert drawn.dtype == torch.float32
+        torch.testing.assert_close(drawn.mean(0), mean[0], atol=0.03, rtol=0)
+        torch.testing.assert_close(drawn.std(0), log_std.exp(), atol=0.03, rtol=0)
+    # Of N(0, 1) at 0 and at 1, by hand: log(1 / sqrt(2 pi)) = -0.919 and half less.
+    hand = DiagonalGaussian(torch.zeros(1, 1), torch.zeros(1))
+    assert hand.log_prob(torch.tensor([[0.0]])).item() == pytest.approx(-0.91894, abs=1e-5)
+    assert hand.log_prob(torch.tensor([[1.0]])).item() == pytest.approx(-1.41894, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_mirrored_glimpses_give_mirrored_thrusts(name, frames):
+    """The side engine's sign turns, the main engine and the value stay."""
+    torch.manual_seed(0)
+    policy = make_policy(POLICIES[name].Options(), Spaces(4, 3, 100, 150, 2, (1, -1), continuous=True))
+    policy.calibrate(frames)
+    nn.init.normal_(policy.eval().actor.weight)
+    frame_store, frame_ids = policy.preprocess_stacks(frames)
+    other, _ = policy.preprocess_stacks(frames)
+    other["pictures"] = other["pictures"].flip(3)
+    other["positions"] = other["positions"] * torch.tensor([-1.0, 1.0])
+    with torch.no_grad():
+        one, mirrored = policy(frame_store, frame_ids), policy(other, frame_ids)
+    assert one.distribution.mean.shape == (24, 2)
+    torch.testing.assert_close(
+        mirrored.distribution.mean * torch.tensor([1, -1]), one.distribution.mean, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mirrored.value, one.value, atol=1e-5, rtol=1e-5)
 
 
 def test_categorical_is_that_of_torch_and_can_be_sampled_from_generators_of_its_own():

@@ -111,3 +111,43 @@ def test_a_label_given_twice_is_one_line(tmp_path):
     run = write_metrics(tmp_path / "a")
     with pytest.raises(SystemExit, match="a label is given twice"):
         plot.main([f"x={run}", f"x={run}", "--output", str(tmp_path / "x.png")])
+
+
+def test_a_run_that_is_shorter_ends_the_mean_and_not_the_others(tmp_path, figures, capsys):
+    """A seed that has just begun: the others are drawn as far as they go, and are not passed off as three seeds."""
+    folders = [write_metrics(tmp_path / name, offset=20.0 * i, rows=rows) for i, (name, rows) in
+               enumerate([("a", 20), ("b", 18), ("c", 2)])]
+    plot.main([f"x={folders[0]},{folders[1]},{folders[2]}", f"y={folders[0]}", "--output", str(tmp_path / "x.png")])
+    told = capsys.readouterr().err
+    assert told.startswith(f"x: {folders[1]} ends at 0.018, {folders[2]} ends at 0.002 of 0.02 M frames; ")
+    assert told.count("\n") == 1
+    for axis, update in zip(figures[0].axes, (0.001, 1), strict=True):
+        mean, a, b, y, _ = axis.lines
+        np.testing.assert_allclose(mean.get_ydata()[[0, -1]], [20, 30], atol=1e-6)
+        assert mean.get_xdata()[[0, -1]] == pytest.approx([update, 2 * update])
+        for rest, offset, rows in ((a, 0, 20), (b, 20, 18)):
+            np.testing.assert_allclose(rest.get_xdata(), update * np.arange(2, rows + 1))
+            np.testing.assert_allclose(rest.get_ydata(), 10 * np.arange(1, rows) + offset)
+            assert (rest.get_color(), rest.get_linewidth()) == (mean.get_color(), 0.7)
+        assert y.get_xdata()[-1] == pytest.approx(20 * update)
+    texts = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
+    assert texts == ["x, 3 seeds up to 0.002 M frames, then 2", "y, 1 seed"]
+
+
+def test_runs_that_share_no_frames_have_no_mean(tmp_path, figures, capsys):
+    """As where another has just begun, and its first update took a few frames less."""
+    a, b = write_metrics(tmp_path / "a"), write_metrics(tmp_path / "b", rows=1)
+    (b / "metrics.csv").write_text((b / "metrics.csv").read_text().replace("\n1000,", "\n990,"))
+    plot.main([f"x={a},{b}", "--output", str(tmp_path / "x.png")])
+    assert capsys.readouterr().err.startswith(f"x: {b} ends at 0.00099 of 0.02 M frames")
+    mean, rest, _ = figures[0].axes[0].lines
+    assert len(mean.get_xdata()) == 0
+    assert rest.get_xdata()[[0, -1]] == pytest.approx([0.001, 0.02])
+
+
+def test_runs_that_end_a_few_frames_apart_are_equally_long(tmp_path, figures, capsys):
+    a, b = write_metrics(tmp_path / "a"), write_metrics(tmp_path / "b")
+    (b / "metrics.csv").write_text((b / "metrics.csv").read_text().replace("\n20000,", "\n19900,"))
+    plot.main([f"x={a},{b}", "--output", str(tmp_path / "x.png")])
+    assert capsys.readouterr().err == ""
+    assert [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()] == ["x, 2 seeds"]

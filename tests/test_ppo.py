@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from machinery.config import PPO
-from models import POLICIES, Categorical, PolicyOutput, Spaces, Temporal, make_policy
+from models import POLICIES, Categorical, DiagonalGaussian, PolicyOutput, Spaces, Temporal, make_policy
 from train import Rollout, collect, compute_advantages, explained_variance, ppo_loss, schedule, update
 
 FP32 = torch.autocast("cpu", enabled=False)
@@ -145,6 +145,24 @@ def test_loss_on_a_hand_made_case():
     assert float(metrics["clip_fraction"]) == pytest.approx(3 / 4)
     kl = np.mean([ratio - 1 - np.log(ratio) for ratio in (1.2, 1.0, 0.4, 0.4)])
     assert float(metrics["approx_kl"]) == pytest.approx(kl, abs=1e-6)
+
+
+def test_loss_of_a_gaussian_on_a_hand_made_case():
+    """Two decisions at action 1, drawn from N(0, 1): now from N(0.5, 1), and from N(0, 1) as before."""
+    minibatch = empty_rollout(1, 2)[torch.arange(2)]
+    minibatch.actions = torch.ones(2, 1)
+    minibatch.log_probs = torch.full((2,), -1.41894)
+    minibatch.advantages = torch.tensor([1.0, -1.0])
+    output = PolicyOutput(DiagonalGaussian(torch.tensor([[0.5], [0.0]]), torch.zeros(1)), torch.zeros(2))
+    ppo = PPO(clip_coef=0.2, normalize_advantages=False)
+    loss, metrics = ppo_loss(output, minibatch, ppo, entropy_coef=0.01)
+    ratio = np.exp(0.5 * (1 - 0.25))  # 1.45: density at a distance of 0.5 instead of 1
+    assert float(metrics["policy_loss"]) == pytest.approx(-(1.2 - 1.0) / 2, abs=1e-4)
+    assert float(metrics["clip_fraction"]) == 0.5
+    assert float(metrics["approx_kl"]) == pytest.approx((ratio - 1 - np.log(ratio)) / 2, abs=1e-4)
+    entropy = 0.5 * np.log(2 * np.pi * np.e)
+    assert float(metrics["entropy"]) == pytest.approx(entropy, abs=1e-5)
+    assert float(loss) == pytest.approx(-0.1 - 0.01 * entropy, abs=1e-4)
 
 
 def test_advantages_are_normalised():

@@ -13,7 +13,7 @@ from machinery.config import Config, ConfigError, load_config
 from machinery.errors import UserError
 from machinery.files import locked
 from machinery.run_folder import is_finished, new_folder, start_run
-from machinery.signals import Interrupted, SignalWatch
+from machinery.signals import WARNINGS, WISHES, Interrupted, SignalWatch
 from runs import ROOT, no_room
 from train import main
 
@@ -21,7 +21,7 @@ from train import main
 @pytest.fixture(autouse=True)
 def _signals():
     """A trainer sets handlers, and what runs the tests has its own."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = WISHES + WARNINGS
     before = [signal.getsignal(number) for number in numbers]
     yield
     for number, handler in zip(numbers, before, strict=True):
@@ -239,6 +239,17 @@ def test_a_closed_terminal_ends_a_run_in_order():
     signal.raise_signal(signal.SIGTERM)
     with pytest.raises(Interrupted, match="SIGTERM"):
         watch.check()
+
+
+@pytest.mark.parametrize("number", WARNINGS)
+def test_a_warning_may_come_again(number):
+    watch = SignalWatch()
+    watch.deferred = True
+    for _ in range(3):
+        signal.raise_signal(number)
+    with pytest.raises(Interrupted, match=signal.Signals(number).name) as interruption:
+        watch.check()
+    assert interruption.value.code == 128 + number
 
 
 def test_a_signal_that_comes_while_processes_tell_each_other_is_not_lost():

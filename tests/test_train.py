@@ -165,6 +165,24 @@ def test_existing_run_is_not_overwritten(whole_run):
     assert "runs/whole" in done.stderr
 
 
+def test_continuous_engines_in_wind_stopped_and_resumed_equal_the_run_that_was_never_stopped(tmp_path):
+    settings = ["--config", CONFIG, *TINY, "tracking.mlflow=false", "env.continuous=true", "env.enable_wind=true",
+                "env.gravity=[-12,-8]"]
+    run(tmp_path, *settings, "run.name=whole")
+    process = start(tmp_path, *settings, "run.name=stopped", held=3)
+    wait_until_held(process, tmp_path, 3)
+    process.terminate()
+    go(tmp_path, 3)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 143, output
+    run(tmp_path, "--resume", "runs/stopped")
+    whole, stopped = (rows(tmp_path / "runs" / name) for name in ("whole", "stopped"))
+    assert without_speed(stopped) == without_speed(whole)
+    report = json.loads((tmp_path / "runs" / "stopped" / "report.json").read_text())
+    assert report["env"] == {"continuous": True, "enable_wind": True, "gravity": [-12, -8]}
+    assert report["returns"] == json.loads((tmp_path / "runs" / "whole" / "report.json").read_text())["returns"]
+
+
 def test_learning_shows_in_a_minute(tmp_path):
     """Half of a real run of the quick config: the return rises far above that of random play, which is about -180."""
     run(tmp_path, "--config", ROOT / "configs/quick.yaml", "run.name=quick", "tracking.mlflow=false",
