@@ -7,7 +7,7 @@ import resource
 import subprocess
 import sys
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import mlflow
@@ -109,7 +109,12 @@ def wait_until_held(process, folder, held, processes=1, seconds=300):
 
 def workers_of(process):
     """The processes that play landers; another child of the trainer keeps account of shared memory."""
-    return [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    workers = []
+    for child in psutil.Process(process.pid).children():
+        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):  # a child that lives shortly, as git does
+            if "spawn_main" in " ".join(child.cmdline()):
+                workers.append(child)
+    return workers
 
 
 def only_run(folder):
