@@ -33,7 +33,6 @@ from machinery.errors import one_line
 from machinery.files import newest_run, write_atomically
 from machinery.terminal import Outlet
 from machinery.video import VideoRecorder, write_webp
-from plot import draw_grid
 from task import CALM, EVALUATION_SEED, LANDED, SOLVED
 
 MAX_LANDERS = 50  # episodes played side by side; bounds memory
@@ -150,6 +149,8 @@ def evaluate(policy, config, checkpoint, output, episodes=100, seed=EVALUATION_S
 
 def evaluate_grid(policy, config, checkpoint, output, episodes, seed=EVALUATION_SEED, sample=False):
     """Score `policy` in every weather of GRAVITIES x WINDS; print a table, write grid.json and grid.png to `output`."""
+    from plot import draw_grid  # and matplotlib with it
+
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     grid = {"checkpoint": str(checkpoint), "policy": config.model.name, "mode": "sampled" if sample else "greedy",

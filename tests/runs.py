@@ -117,6 +117,21 @@ def workers_of(process):
     return workers
 
 
+def read_terminal(master):
+    """All that is written to a pseudo-terminal until nobody holds its other end; bytes. Closes this one."""
+    output = b""
+    while True:
+        try:
+            piece = os.read(master, 4096)
+        except OSError:  # Linux's way to say that the other end is closed
+            break
+        if not piece:
+            break
+        output += piece
+    os.close(master)
+    return output
+
+
 def only_run(folder):
     """The one MLflow run that the store in `folder` holds."""
     client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")

@@ -19,7 +19,7 @@ from machinery import files
 from machinery.errors import UserError
 from machinery.files import locked, write_atomically
 from machinery.terminal import Outlet, Progress
-from runs import BARE, CONFIG, ROOT, TINY
+from runs import BARE, CONFIG, ROOT, TINY, read_terminal
 
 SCORE = f"{sys.executable} {ROOT}/evaluate.py --checkpoint {ROOT}/results/cnn --episodes 1"
 
@@ -33,16 +33,7 @@ def in_a_terminal(folder, *lines):
         env=os.environ | {"HISTFILE": ""})
     os.close(slave)
     os.write(master, "".join(line + "\n" for line in lines).encode())
-    shown = b""
-    while True:
-        try:
-            piece = os.read(master, 4096)
-        except OSError:  # Linux's way to say that the other end is closed
-            break
-        if not piece:
-            break
-        shown += piece
-    os.close(master)
+    shown = read_terminal(master)
     shell.wait()
     return shown.decode()
 

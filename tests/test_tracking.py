@@ -20,7 +20,7 @@ import torch
 import train
 from machinery.checkpoint import load_checkpoint
 from machinery.tracking import Load, Queue, Sender
-from runs import BARE, CONFIG, ROOT, TINY, begun, only_run, rows, without_speed
+from runs import BARE, CONFIG, ROOT, TINY, begun, only_run, read_terminal, rows, without_speed
 
 SHOWN = """
 import sys
@@ -47,16 +47,7 @@ def on_a_terminal(command, columns=80):
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave)
     os.close(slave)
-    output = b""
-    while True:
-        try:
-            piece = os.read(master, 4096)
-        except OSError:  # Linux's way to say that the other end is closed
-            break
-        if not piece:
-            break
-        output += piece
-    os.close(master)
+    output = read_terminal(master)
     assert process.wait() == 0, output
     return output.decode()
 
