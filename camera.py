@@ -14,25 +14,9 @@ import pygame
 from gymnasium.envs.box2d.lunar_lander import SCALE, VIEWPORT_H, VIEWPORT_W, LunarLander
 from pygame import gfxdraw
 
+from frames import frame_planes, shrink
+
 FLAG_COLOR, POLE_COLOR = (204, 204, 0), (255, 255, 255)
-
-
-def frame_planes(color):
-    """Planes per frame: 3 (red, green, blue) in colour, 1 in gray."""
-    return 3 if color else 1
-
-
-def shrink(frame, factor, color):
-    """A rendered frame, uint8 (H, W, 3 or 4) RGB or RGBX, as the agent's small frame, uint8 (C, H/factor, W/factor).
-
-    Gray first where asked for (ITU-R BT.601 weights, as OpenCV rounds them), then the mean over
-    factor x factor blocks, which is what INTER_AREA means for a whole factor.
-    """
-    height, width = frame.shape[0] // factor, frame.shape[1] // factor
-    if not color:
-        frame = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
-    small = cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA)
-    return small.transpose(2, 0, 1)[:3] if color else small[None]
 
 
 class View(NamedTuple):

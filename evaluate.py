@@ -1,4 +1,4 @@
-"""Scores a policy on seeded episodes of the unmodified LunarLander-v3 and records landing videos.
+"""Scores a policy on seeded episodes of the unmodified environment and records videos.
 
     python evaluate.py                                        # the newest run's best; with no run yet, the shipped one
     python evaluate.py --checkpoint results/cnn --episodes 100 --seed 1000000 --videos 5
@@ -8,7 +8,8 @@
     python evaluate.py --checkpoint results/cnn --grid --episodes 20              # in many: a table and a picture
 
 Episode i uses seed + i; training never uses seeds from 1,000,000 on. The policy sees the frames of
-`gym.make("LunarLander-v3", render_mode="rgb_array")`, rendered once per physics step, and nothing else.
+`gym.make("LunarLander-v3", render_mode="rgb_array")`, or of the environment that it was trained in, rendered once per
+step, and nothing else.
 """
 
 import signal
@@ -26,24 +27,25 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from envs import Lander, RenderedLander
+from envs import make_env
 from machinery.checkpoint import load_policy
 from machinery.config import ConfigError, apply_overrides
 from machinery.errors import one_line
 from machinery.files import newest_run, write_atomically
 from machinery.terminal import Outlet
 from machinery.video import VideoRecorder, write_webp
-from task import CALM, EVALUATION_SEED, LANDED, SOLVED
+from task import CALM, ENV_ID, EVALUATION_SEED, solved_mark
 
-MAX_LANDERS = 50  # episodes played side by side; bounds memory
+MAX_EPISODES = 50  # episodes played side by side; bounds memory
 GRAVITIES, WINDS = [-4.0, -6.0, -8.0, -10.0, -11.9], [0.0, 5.0, 10.0, 15.0, 20.0]  # of evaluate_grid
 
 
 @torch.no_grad()
-def play(policy, env_config, seeds, sample_seed=None, lander_class=Lander, recorder=None, progress=None):
+def play(policy, env_config, seeds, sample_seed=None, rendered=False, recorder=None, progress=None):
     """Play one episode per seed, many side by side so that the policy sees them as one batch.
 
-    Greedy, or, with sample_seed, actions sampled from generators seeded with (sample_seed, episode's seed).
+    Greedy, or, with sample_seed, actions sampled from generators seeded with (sample_seed, episode's seed). rendered:
+    frames are those of the unmodified environment's `render()`, as videos and reported scores need them.
     A VideoRecorder is told when an episode begins, what is decided in it, and when it ends. Returns (returns, lengths,
     outcomes), arrays in the order of `seeds`.
     """
@@ -51,17 +53,17 @@ def play(policy, env_config, seeds, sample_seed=None, lander_class=Lander, recor
     device = next(policy.parameters()).device
     waiting, results, playing = list(enumerate(seeds)), [None] * len(seeds), []
 
-    def begin(lander):
+    def begin(env):
         if not waiting:
             return
         index, seed = waiting.pop(0)
         if recorder:
-            recorder.begin(index, lander)
+            recorder.begin(index, env)
         rng = None if sample_seed is None else np.random.default_rng([sample_seed, seed])
-        playing.append((lander, index, lander.reset(seed), rng))
+        playing.append((env, index, env.reset(seed), rng))
 
-    for _ in range(min(MAX_LANDERS, len(seeds))):
-        begin(lander_class(**env_config.lander_settings()))
+    for _ in range(min(MAX_EPISODES, len(seeds))):
+        begin(make_env(rendered=rendered, **env_config.settings()))
     while playing:
         frames = torch.from_numpy(np.stack([frames for _, _, frames, _ in playing])).to(device)
         output = policy(*policy.preprocess_stacks(frames))
@@ -70,17 +72,17 @@ def play(policy, env_config, seeds, sample_seed=None, lander_class=Lander, recor
         else:
             actions = output.distribution.sample([rng for _, _, _, rng in playing])
         batch, playing = playing, []
-        for row, ((lander, index, frames, rng), action) in enumerate(zip(batch, actions.tolist(), strict=True)):
+        for row, ((env, index, frames, rng), action) in enumerate(zip(batch, actions.tolist(), strict=True)):
             if recorder:
-                recorder.decide(index, lander, frames, output, row, action)
-            frames, _, terminated, truncated = lander.step(action)
+                recorder.decide(index, env, frames, output, row, action)
+            frames, _, terminated, truncated = env.step(action)
             if not (terminated or truncated):
-                playing.append((lander, index, frames, rng))
+                playing.append((env, index, frames, rng))
                 continue
-            results[index] = lander.episode_return, lander.episode_length, lander.outcome()
+            results[index] = env.episode_return, env.episode_length, env.outcome()
             if recorder:
-                recorder.end(index, lander)
-            begin(lander)
+                recorder.end(index, env)
+            begin(env)
             if progress:
                 progress.update()
     returns, lengths, outcomes = zip(*results, strict=True)
@@ -96,7 +98,14 @@ def confidence_interval(values, level=0.95, resamples=10_000):
     return [float(v) for v in np.percentile(means, [tail, 100 - tail])]
 
 
-def summarize(returns, lengths, outcomes):
+def rates(task, returns, outcomes):
+    """{name: share of the episodes}, of what can be said of that task."""
+    solved = {} if task.solved is None else {"solved_rate": float((returns >= task.solved).mean())}
+    landed = {} if task.landed is None else {"landed_rate": float((outcomes == task.landed).mean())}
+    return solved | landed
+
+
+def summarize(task, returns, lengths, outcomes):
     """The part of a report that the episodes determine."""
     return {
         "return_mean": float(returns.mean()),
@@ -104,8 +113,7 @@ def summarize(returns, lengths, outcomes):
         "return_ci95": confidence_interval(returns),
         "return_min": float(returns.min()),
         "return_max": float(returns.max()),
-        "solved_rate": float((returns >= SOLVED).mean()),
-        "landed_rate": float((outcomes == LANDED).mean()),
+        **rates(task, returns, outcomes),
         "length_mean": float(lengths.mean()),
         "env_frames": int(lengths.sum()),
         "returns": [float(value) for value in returns],
@@ -130,7 +138,7 @@ def evaluate(policy, config, checkpoint, output, episodes=100, seed=EVALUATION_S
     with recorder, tqdm(total=episodes, desc="evaluating", unit="episode", disable=quiet, leave=False) as progress:
         results = play(
             policy, config.env, range(seed, seed + episodes), sample_seed=seed if sample else None,
-            lander_class=RenderedLander, recorder=recorder, progress=progress)
+            rendered=True, recorder=recorder, progress=progress)
     report = {
         "checkpoint": str(checkpoint),
         "policy": config.model.name,
@@ -138,10 +146,9 @@ def evaluate(policy, config, checkpoint, output, episodes=100, seed=EVALUATION_S
         "episodes": episodes,
         "seed": seed,
         "seconds": time.perf_counter() - start,
-        **summarize(*results),
+        **summarize(config.env.task, *results),
     }
-    if options := config.env.options():
-        report["env"] = options
+    report["env"] = {"id": config.env.id} | config.env.unusual() | config.env.options
     print_report(report)  # before it is written: a full disk must not cost the score
     write_atomically(output / report_name, (json.dumps(report, indent=2) + "\n").encode())
     return report
@@ -165,11 +172,11 @@ def evaluate_grid(policy, config, checkpoint, output, episodes, seed=EVALUATION_
             weather = {"gravity": gravity, "enable_wind": wind > 0, "wind_power": wind, "turbulence_power": wind / 10}
             returns, _, outcomes = play(
                 policy, config.env.model_copy(update=weather), range(seed, seed + episodes),
-                sample_seed=seed if sample else None, lander_class=RenderedLander)
-            scores.append((float(returns.mean()), float((outcomes == LANDED).mean())))
-        means, rates = map(list, zip(*scores, strict=True))
+                sample_seed=seed if sample else None, rendered=True)
+            scores.append((float(returns.mean()), rates(config.env.task, returns, outcomes)["landed_rate"]))
+        means, landed = map(list, zip(*scores, strict=True))
         grid["return_mean"].append(means)
-        grid["landed_rate"].append(rates)
+        grid["landed_rate"].append(landed)
         print(f"| {gravity:g} | " + " | ".join(f"{mean:.0f}, {rate:.0%}" for mean, rate in scores) + " |", flush=True)
     write_atomically(output / "grid.json", (json.dumps(grid, indent=2) + "\n").encode())
     draw_grid(grid, output / "grid.png")
@@ -183,21 +190,29 @@ def print_report(report):
         ("episodes", f"{report['episodes']}, seeds {report['seed']} to {report['seed'] + report['episodes'] - 1}"),
         ("return", f"{report['return_mean']:.1f} ± {report['return_std']:.1f}   95% interval of the mean "
                    f"{low:.1f} to {high:.1f}   range {report['return_min']:.1f} to {report['return_max']:.1f}"),
-        ("solved", f"{100 * report['solved_rate']:.0f}% with a return of {SOLVED} or more"),
-        ("landed", f"{100 * report['landed_rate']:.0f}% end at rest, {report['length_mean']:.0f} steps on average"),
         ("took", f"{report['seconds']:.0f} s for {report['env_frames']:,} rendered frames"),
     ]
-    if "env" in report:
-        rows.insert(1, ("options", ", ".join(f"{key} {value}" for key, value in report["env"].items())))
+    steps = f"{report['length_mean']:.0f} steps on average"
+    if "landed_rate" in report:
+        rows.insert(3, ("landed", f"{100 * report['landed_rate']:.0f}% end at rest, {steps}"))
+    else:
+        rows.insert(3, ("length", steps))
+    env = dict(report["env"])
+    mark = solved_mark(env.pop("id"))
+    if "solved_rate" in report:
+        rows.insert(3, ("solved", f"{100 * report['solved_rate']:.0f}% with a return of {mark:g} or more"))
+    if env:
+        rows.insert(1, ("options", ", ".join(f"{key} {value}" for key, value in env.items())))
     print("\n".join(f"{key:>9}  {value}" for key, value in rows))
 
 
 def in_weather(config, overrides):
-    """`config` with other options of LunarLander-v3, `env.key=value`; all else belongs to the policy, and stays."""
+    """`config` in another weather, `env.key=value`, or with other env.options; all else belongs to the policy."""
     changed = apply_overrides(config.model_dump(mode="json"), overrides)
     keys = [override.partition("=")[0].strip() for override in overrides]
-    if refused := [key for key in keys if key.removeprefix("env.") not in CALM]:
-        raise ConfigError(f"{refused[0]}: a policy is scored as it was trained; only {', '.join(CALM)} may differ")
+    allowed = tuple(f"env.{key}" for key in (CALM if config.env.id == ENV_ID else ["options"]))
+    if refused := [key for key in keys if key not in allowed]:
+        raise ConfigError(f"{refused[0]}: a policy is scored as it was trained; only {', '.join(allowed)} may differ")
     return changed
 
 
@@ -226,7 +241,8 @@ def main(argv=None):
     parser.add_argument("--grid", action="store_true", help="in many winds and gravities: grid.json and grid.png")
     parser.add_argument("--sample", action="store_true", help="sample actions instead of taking the likeliest")
     parser.add_argument("--output", type=Path, help="folder of report.json and videos/; default: in the run's folder")
-    parser.add_argument("overrides", nargs="*", metavar="env.key=value", help=f"the weather: {', '.join(CALM)}")
+    parser.add_argument("overrides", nargs="*", metavar="env.key=value",
+                        help=f"of {ENV_ID} the weather: {', '.join(CALM)}; of any other environment: options")
     args = parser.parse_intermixed_args(argv)
     if args.grid and (args.panel or args.webp or args.overrides):
         parser.error("--grid has a weather of its own, and no videos")
@@ -241,6 +257,8 @@ def main(argv=None):
             folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent
             output = folder / "evaluation"
         if args.grid:
+            if config.env.id != ENV_ID:
+                raise ConfigError(f"--grid has the weathers of {ENV_ID}, not of {config.env.id}")
             evaluate_grid(policy, config, checkpoint, output, args.episodes, args.seed, args.sample)
             print(f"written: {output / 'grid.json'}, {output / 'grid.png'}")
             return

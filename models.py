@@ -19,7 +19,7 @@ import math
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -145,10 +145,14 @@ def read_text(value, annotation):
     """The text of a YAML file as what a setting of that type asks for; unchanged if it is no such thing, or no text."""
     if isinstance(value, list):
         return [read_text(item, annotation) for item in value]
+    if isinstance(value, dict):
+        return {key: read_text(item, annotation) for key, item in value.items()}
     if not isinstance(value, str):
         return value
-    parts = get_args(annotation) or [annotation]  # of X | None, Literal[...] and list[X]
+    parts = get_args(annotation) or [annotation]  # of X | None, Literal[...], list[X] and dict[str, X]
     kinds = {part if isinstance(part, type) else type(part) for part in parts}
+    if Any in parts:  # whatever it looks like
+        kinds = {bool, type(None), int, float}
     if type(word := WORDS.get(value, value)) in kinds:
         return word
     if kinds & {int, float}:
@@ -156,7 +160,7 @@ def read_text(value, annotation):
             return int(value) if int in kinds else float(value)
         with suppress(ValueError):
             number = float(value)  # a whole number may be written 2e6 or 32.0
-            return int(number) if number.is_integer() else number
+            return int(number) if number.is_integer() and float not in kinds else number
     return value
 
 

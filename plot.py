@@ -19,15 +19,16 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from machinery.diagnostics import CLIP_FRACTION_BAND, KL_BAND
 from machinery.drawing import Figure
 from machinery.errors import UserError, one_line
 from machinery.files import write_atomically
-from task import SOLVED
+from task import ENV_ID, solved_mark
 
 NEEDED = (
-    "frames", "rollout/return_mean", "rollout/landed_rate", "update/clip_fraction", "update/approx_kl",
+    "frames", "rollout/return_mean", "rollout/length_mean", "update/clip_fraction", "update/approx_kl",
     "update/entropy", "update/explained_variance", "eval/return_mean", "speed/total_seconds")
 
 
@@ -53,8 +54,20 @@ def read_metrics(run):
     return dict(zip(header, columns, strict=True))
 
 
-def reached(metrics, level=SOLVED):
+def mark(run):
+    """The mean return from which the environment of a run counts as solved; None if unknown."""
+    path = Path(run)
+    try:
+        config = yaml.safe_load(((path if path.is_dir() else path.parent) / "config.yaml").read_text())
+        return solved_mark(config["env"].get("id", ENV_ID))
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError):  # metrics.csv alone
+        return solved_mark(ENV_ID)
+
+
+def reached(metrics, level):
     """(frames, seconds of training) when the mean training return first was `level` or more; None if it never was."""
+    if level is None:
+        return None
     over = metrics["rollout/return_mean"] >= level
     first = int(over.argmax())
     return (metrics["frames"][first], metrics["speed/total_seconds"][first]) if over.any() else None
@@ -77,15 +90,19 @@ def draw_run(run, output):
     panel(axes[0, 0], "return", "rollout/return_mean", "training, mean of the last 100 episodes")
     scored = ~np.isnan(metrics["eval/return_mean"])
     axes[0, 0].plot(frames[scored], metrics["eval/return_mean"][scored], "o", markersize=4, label="greedy, other seeds")
-    axes[0, 0].axhline(SOLVED, color="black", linestyle=":", linewidth=1)
+    if (solved := mark(run)) is not None:
+        axes[0, 0].axhline(solved, color="black", linestyle=":", linewidth=1)
     panel(axes[0, 1], "clip fraction", "update/clip_fraction", band=CLIP_FRACTION_BAND)
     panel(axes[0, 2], "KL divergence from the collecting policy", "update/approx_kl", band=KL_BAND)
     axes[0, 2].set_ylim(0, max(1.1 * KL_BAND[1], float(metrics["update/approx_kl"].max())))
-    panel(axes[1, 0], "share of landings", "rollout/landed_rate")
+    if "rollout/landed_rate" in metrics:
+        panel(axes[1, 0], "share of landings", "rollout/landed_rate")
+        axes[1, 0].set_ylim(0, 1)
+    else:
+        panel(axes[1, 0], "steps of an episode", "rollout/length_mean")
     panel(axes[1, 1], "entropy of the policy, nats", "update/entropy")
     panel(axes[1, 2], "explained variance of the value", "update/explained_variance")
     axes[1, 2].set_ylim(-1, 1)
-    axes[1, 0].set_ylim(0, 1)
     axes[0, 0].locator_params(axis="x", nbins=6)  # of a short run the numbers are long
     for axis in axes[0]:
         axis.legend(fontsize=8, loc="lower right" if axis is axes[0, 0] else "upper right")
@@ -115,7 +132,8 @@ def draw_comparison(groups, output):
                     rest = np.append(max(end, m[key][0]), m[key][m[key] > end])
                     returns = np.interp(rest, m[key], m["rollout/return_mean"])
                     axis.plot(rest / unit, returns, color=mean.get_color(), linewidth=0.7)
-        axis.axhline(SOLVED, color="black", linestyle=":", linewidth=1)
+        for solved in {mark(run) for folders in groups.values() for run in folders} - {None}:
+            axis.axhline(solved, color="black", linestyle=":", linewidth=1)
         axis.set_xlabel(title)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("return, mean of the last 100 training episodes")

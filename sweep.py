@@ -34,7 +34,6 @@ from machinery.signals import SignalWatch
 from machinery.terminal import Outlet
 from machinery.tracking import cause, connect, store_error
 from plot import PlotError, reached, read_metrics
-from task import SOLVED
 
 TRAIN = Path(__file__).parent / "train.py"
 
@@ -162,15 +161,17 @@ def spread(values, form):
 
 def summary(jobs):
     """One Markdown row per setting, over the seeds that are done: means, with ranges in parentheses."""
+    marks = {job.config.env.task.solved for job in jobs}
+    solved = f"{marks.pop():g}" if len(marks) == 1 and marks != {None} else "the solved mark"
     lines = [
-        f"| setting | seeds | reached {SOLVED} | M frames to {SOLVED} | minutes to {SOLVED} | greedy score |",
+        f"| setting | seeds | reached {solved} | M frames to {solved} | minutes to {solved} | greedy score |",
         "| --- | --- | --- | --- | --- | --- |"]
     for setting, group in itertools.groupby(jobs, key=lambda job: job.setting):
         done = [job for job in group if job.done()]
         hits, scores = [], []
         for job in done:
             try:
-                hits += filter(None, [reached(read_metrics(job.folder))])
+                hits += filter(None, [reached(read_metrics(job.folder), job.config.env.task.solved)])
                 if job.config.evaluation.episodes:
                     scores.append(json.loads((job.folder / "report.json").read_text())["return_mean"])
             except (PlotError, OSError, ValueError, KeyError) as error:  # the others' rows are worth having

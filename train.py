@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from envs import EPISODE_METRICS, WorkerError, make_vector_env
+from envs import env_class, make_vector_env
 from evaluate import evaluate, play
 from machinery.checkpoint import build_policy, load_weights
 from machinery.device import choose_device, cores_for, keep_freed_memory, make_autocast
@@ -48,9 +48,9 @@ from machinery.errors import one_line
 from machinery.processes import SINGLE_PROCESS, Processes
 from machinery.run import open_run
 from machinery.terminal import Outlet
+from machinery.workers import WorkerError
 from models import PolicyError
 from plot import draw_run
-from task import ACTIONS
 
 
 @dataclass
@@ -99,7 +99,7 @@ def collect(envs, policy, rollout, frames, reward_scale, autocast):
 
     `frames` are the current observations, uint8 (N, K, H, W): stacks of S frames with C colour planes, K = S * C.
     Fills `rollout` in place, except for advantages and returns. Returns the observations after the last decision, and
-    a dict: `episodes`, one {name of envs.EPISODE_METRICS: number} per ended episode, and `env_frames`, physics steps.
+    a dict: `episodes`, one {metric: number} per ended episode, and `env_frames`, environment steps.
     """
     policy.eval()
     device, (num_steps, num_envs, frame_stack) = rollout.values.device, rollout.frame_ids.shape
@@ -273,12 +273,12 @@ def schedule(ppo, env_frames, late):
         ppo.entropy_coef * (ppo.late_entropy if late else 1))
 
 
-def episode_means(episodes):
-    """{metric: mean} of the EPISODE_METRICS; before the first episode has ended, a rate is 0 and any other mean nan."""
+def episode_means(episodes, names):
+    """{metric: mean} over episodes; before the first has ended, a rate is 0 and any other mean nan."""
     if not episodes:
-        return {key: 0.0 if key.endswith("_rate") else float("nan") for key in EPISODE_METRICS}
+        return {key: 0.0 if key.endswith("_rate") else float("nan") for key in names}
     # A resumed run may have gained a metric that the episodes before did not measure.
-    return {key: float(np.mean([episode.get(key, np.nan) for episode in episodes])) for key in EPISODE_METRICS}
+    return {key: float(np.mean([episode.get(key, np.nan) for episode in episodes])) for key in names}
 
 
 class Trainer:
@@ -321,16 +321,16 @@ class Trainer:
         """This process's landers. Over all processes they are those that one process with as many would play."""
         env = self.config.env
         return make_vector_env(
-            seed=self.config.run.seed, first_env=self.processes.rank * env.num_envs, **env.model_dump())
+            env.num_envs, env.num_workers, self.config.run.seed, self.processes.rank * env.num_envs, **env.settings())
 
     def _calibrate(self, decisions=20):
         """Let the policy see some frames of random play, for what it can learn from frames alone."""
-        frames = []
+        frames, spaces, shape = [], self.policy.spaces, self.envs.action_space.shape
         for _ in range(decisions):
-            if self.config.env.continuous:
-                actions = 2 * torch.rand(self.envs.action_space.shape, generator=self.generator) - 1
+            if spaces.continuous:
+                actions = 2 * torch.rand(shape, generator=self.generator) - 1
             else:
-                actions = torch.randint(len(ACTIONS), self.envs.action_space.shape, generator=self.generator)
+                actions = torch.randint(spaces.num_actions, shape, generator=self.generator)
             self.frames = torch.from_numpy(self.envs.step(actions.numpy())[0])
             frames.append(self.frames.clone())
         self.policy.calibrate(torch.cat(frames).to(self.device))
@@ -356,7 +356,7 @@ class Trainer:
         self.recent.extend(episode for stats in gathered for episode in stats["episodes"])
         counters["env_frames"] += env_frames
         counters["updates"] += 1
-        episodes = episode_means(self.recent)
+        episodes = episode_means(self.recent, env_class(self.config.env.id).metrics)
         if ppo.late_return is not None and len(self.recent) == self.recent.maxlen:
             counters["late"] |= episodes["return_mean"] >= ppo.late_return
         return {

@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import gymnasium as gym
 import numpy as np
 
-from envs import Lander, LanderGroup
+from envs import EnvGroup
+from lander import Lander
 from task import ACTIONS, ENV_ID
 
 CORES = len(os.sched_getaffinity(0))
@@ -68,7 +69,7 @@ def plays_blind(landers, settings, seconds, seed):
 
 def plays(landers, settings, seconds, seed):
     """Decisions per second of a group of landers in this process."""
-    group, rng = LanderGroup(landers, 0, seed, **settings), np.random.default_rng(seed)
+    group, rng = EnvGroup(landers, 0, seed, **settings), np.random.default_rng(seed)
     group.reset()
     return landers * rate(lambda: group.step(rng.integers(len(ACTIONS), size=landers)), seconds)
 
@@ -132,7 +133,7 @@ def main():
         sys.exit(f"breakdown.py: {error}")
     env, ppo, seconds = config.env, config.ppo, args.seconds
     decisions = env.num_envs * ppo.num_steps
-    settings = env.lander_settings()
+    settings = env.settings()
     group = env.num_envs // env.num_workers
 
     own = at_once(partial(steps, seconds), CORES)

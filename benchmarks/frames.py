@@ -26,7 +26,8 @@ from gymnasium import wrappers
 from gymnasium.vector import AsyncVectorEnv
 
 from camera import frame_planes, shrink
-from envs import FrameStack, make_vector_env
+from envs import make_vector_env
+from frames import FrameStack
 from task import ACTIONS, ENV_ID
 
 try:

@@ -109,7 +109,7 @@ def rows(groups):
         solved = []
         for folder in folders:
             metrics, seed = read_metrics(folder), load_config(folder / "config.yaml").run.seed
-            solved.append(reached(metrics) or (float("inf"), float("inf")))
+            solved.append(reached(metrics, SOLVED) or (float("inf"), float("inf")))
             trained = f"{metrics['frames'][-1] / 1e6:.1f} M frames, {metrics['speed/total_seconds'][-1] / 60:.0f} min"
             yield (
                 f"| {label} | {seed} | {trained} | {_millions(solved[-1][0])} | {_minutes(solved[-1][1])} | "

@@ -28,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import psutil
 import torch
-from frames import wrapped_lander, wrapper_stack
 from pydantic import Field
 from torch import nn
 from torch.distributions import Categorical
 
+from frames import wrapped_lander, wrapper_stack
 from machinery.config import load_config
 from models import POLICIES, Policy, PolicyOutput, channels_last, orthogonal, take
 from models import Categorical as Distribution

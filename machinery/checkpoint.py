@@ -20,12 +20,11 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
-from camera import frame_planes
+from frames import frame_planes
 from machinery.config import check_config
 from machinery.errors import UserError
 from machinery.files import write_atomically
 from models import Spaces, make_policy
-from task import ACTIONS, MIRRORED_ACTIONS, MIRRORED_THRUSTS, THRUSTS, VIEWPORT
 
 MAGIC = b"lunar-pixels checkpoint 1\n"
 POLICY_FILE = "policy.safetensors"
@@ -150,11 +149,11 @@ def load_weights(policy, weights, file):
 
 def build_policy(config):
     """The untrained policy that `config` describes, for the frames and actions that it describes."""
-    env = config.env
-    height, width = (side // env.shrink_factor for side in VIEWPORT)
-    actions, mirrored = (THRUSTS, MIRRORED_THRUSTS) if env.continuous else (ACTIONS, MIRRORED_ACTIONS)
+    env, task = config.env, config.env.task
+    height, width = (side // env.shrink_factor for side in task.viewport)
     spaces = Spaces(
-        env.frame_stack, frame_planes(env.color), height, width, len(actions), mirrored, continuous=env.continuous)
+        env.frame_stack, frame_planes(env.color), height, width, len(task.actions), task.mirrored_actions,
+        task.continuous)
     return make_policy(config.model, spaces)
 
 

@@ -12,7 +12,7 @@ import math
 import re
 import signal
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
@@ -20,11 +20,12 @@ from pydantic_core import PydanticCustomError
 
 from machinery.errors import UserError
 from models import POLICIES, Strict
-from task import CALM, VIEWPORT
+from task import CALM, ENV_ID, TaskError, find_task
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Weather = float | list[float]  # a number, or the ends of a range
+LANDER_OPTIONS = {"continuous": False} | CALM  # and their defaults
 MASK = "***"  # in place of the credentials of a URI
 
 
@@ -54,12 +55,17 @@ class Run(Strict):
 
 
 class Env(Strict):
-    num_envs: Positive = Field(32, le=4096, description="landers played at once")
+    id: str = Field(
+        ENV_ID, min_length=1, max_length=200,
+        description="any Gymnasium environment with frames; your own: my_module:MyEnv-v0")
+    options: dict[str, Any] = Field({}, description="what gym.make takes besides; of LunarLander-v3: the keys below")
+    num_envs: Positive = Field(32, le=4096, description="environments played at once")
     num_workers: Positive = Field(2, description="processes that play them; divides num_envs")
-    frame_skip: int = Field(4, ge=1, le=50, description="physics steps (1/50 s) per decision")
+    frame_skip: int = Field(4, ge=1, le=50, description="environment steps per decision; a lander's take 1/50 s")
     frame_stack: int = Field(4, ge=1, le=64, description="frames the policy sees, one per decision")
-    shrink_factor: Positive = Field(4, description="600x400 pixels divided by this; divides 200, 25 at most")
+    shrink_factor: Positive = Field(4, description="sides of a frame divided by this; divides both, 25 at most")
     color: bool = Field(True, description="red, green and blue planes; false: gray")
+    # Options of LunarLander-v3:
     continuous: bool = Field(False, description="actions are thrusts of main and side engine; false: one of four")
     gravity: Weather = Field(-10.0, description="between -12 and 0; [low, high]: each episode draws its own")
     enable_wind: bool = Field(False, description="wind pushes the lander sideways, turbulence turns it")
@@ -79,15 +85,6 @@ class Env(Strict):
                 raise PydanticCustomError("range", f"must lie between {low} and {high}")
         return value
 
-    @field_validator("shrink_factor")
-    @classmethod
-    def _divides(cls, value):
-        # At least 16 rows are left to see; three convolutions need as many.
-        allowed = [f for f in range(1, 26) if all(side % f == 0 for side in VIEWPORT)]
-        if value not in allowed:
-            raise PydanticCustomError("divides", "must be one of " + ", ".join(map(str, allowed)))
-        return value
-
     @model_validator(mode="after")
     def _even_workers(self):
         if self.num_envs % self.num_workers:
@@ -97,14 +94,47 @@ class Env(Strict):
                 f"nearest: {allowed}")
         return self
 
-    def lander_settings(self):
-        """The settings of an envs.Lander: how it is seen, and its weather."""
-        return self.model_dump(exclude={"num_envs", "num_workers"})
+    @model_validator(mode="after")
+    def _options_of_its_own(self):
+        if self.id == ENV_ID and self.options:
+            raise PydanticCustomError(
+                "conflict", f"env.options: of {ENV_ID} they are keys of env: {', '.join(LANDER_OPTIONS)}")
+        if self.id != ENV_ID and (given := self.unusual()):
+            raise PydanticCustomError(
+                "conflict", f"env.{next(iter(given))} is an option of {ENV_ID}; those of {self.id} go to env.options")
+        return self
 
-    def options(self):
+    @model_validator(mode="after")
+    def _frames_to_be_had(self):
+        try:
+            height, width = self.task.viewport
+        except TaskError as error:
+            raise PydanticCustomError("conflict", f"env.id={self.id} {error}") from None
+        # At least 16 rows and columns are left to see; three convolutions need as many.
+        limit = min(height, width, 400) // 16
+        allowed = [str(factor) for factor in range(1, limit + 1) if height % factor == width % factor == 0]
+        if not allowed:
+            raise PydanticCustomError("conflict", f"env.id={self.id} shows frames of only {width}x{height} pixels")
+        if str(self.shrink_factor) not in allowed:
+            raise PydanticCustomError(
+                "conflict", f"env.shrink_factor={self.shrink_factor} must be one of {', '.join(allowed)}, which divide "
+                f"frames of {width}x{height}")
+        return self
+
+    @property
+    def task(self):
+        """The facts of this environment, a task.Task."""
+        return find_task(self.id, {"continuous": self.continuous} if self.id == ENV_ID else self.options)
+
+    def settings(self):
+        """What envs.make_env takes: which environment, how it is seen, and its options."""
+        seen = {"env_id": self.id} | self.model_dump(include={"frame_skip", "frame_stack", "shrink_factor", "color"})
+        own = set(LANDER_OPTIONS) if self.id == ENV_ID else {"options"}
+        return seen | self.model_dump(include=own)
+
+    def unusual(self):
         """The options of LunarLander-v3 that are not gymnasium's defaults."""
-        defaults = CALM | {"continuous": False}
-        return {key: getattr(self, key) for key, usual in defaults.items() if getattr(self, key) != usual}
+        return {key: getattr(self, key) for key, usual in LANDER_OPTIONS.items() if getattr(self, key) != usual}
 
 
 class PPO(Strict):
@@ -193,21 +223,25 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def _fit_for_the_eye(self):
-        glimpse, height = getattr(self.model, "glimpse", 0), VIEWPORT[0] // self.env.shrink_factor
+        glimpse, side = getattr(self.model, "glimpse", 0), min(self.env.task.viewport) // self.env.shrink_factor
         if not glimpse:
             return self
         if not self.env.color or self.env.frame_stack < 2:
             raise PydanticCustomError(
                 "conflict", f"model.glimpse={glimpse} finds what moves by its colour, so it needs env.color=true and "
                 "env.frame_stack of 2 or more; model.glimpse=0 model.mirror=false sees the whole picture instead")
-        if not 16 <= glimpse <= height:
+        if not 16 <= glimpse <= side:
             raise PydanticCustomError(
-                "conflict", f"model.glimpse={glimpse} must be 0 or between 16 and {height}, the height of the frames "
-                f"(400 / env.shrink_factor={self.env.shrink_factor})")
+                "conflict", f"model.glimpse={glimpse} must be 0 or between 16 and {side}, the shorter side of a frame "
+                f"({min(self.env.task.viewport)} / env.shrink_factor={self.env.shrink_factor})")
         return self
 
     @model_validator(mode="after")
     def _mirror_needs_the_eye(self):
+        if getattr(self.model, "mirror", False) and not self.env.task.mirrored_actions:
+            raise PydanticCustomError(
+                "conflict", f"model.mirror=true needs to know what each action of {self.env.id} is in a mirror, which "
+                "nobody has said; set model.mirror=false")
         if getattr(self.model, "mirror", False) and not self.model.glimpse:
             raise PydanticCustomError(
                 "conflict",

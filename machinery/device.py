@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from envs import unpinned_cores
 from machinery.errors import UserError
+from machinery.workers import unpinned_cores
 
 
 def choose_device(name, processes):

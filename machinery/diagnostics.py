@@ -10,19 +10,17 @@ tests/test_diagnostics.py makes each happen, and holds all of them silent on the
 import math
 from collections import Counter
 
-from task import ACTIONS, SOLVED, TIME_LIMIT
-
 # Rules of thumb, which plot.py draws, too; docs/curves.md says what they are good for.
 CLIP_FRACTION_BAND, KL_BAND = (0.1, 0.2), (0.0, 0.3)
 LONG = 15  # updates in a row
 HIGH_CLIP = 1.5 * CLIP_FRACTION_BAND[1]  # a healthy run is just above the band while it learns fastest
 LOW_CLIP = 0.2 * CLIP_FRACTION_BAND[0]  # and below it as it converges
-LOW_ENTROPY = 0.15 * math.log(len(ACTIONS))  # nats; all actions alike likely: log(4)
+LOW_ENTROPY = 0.15  # of the entropy when all actions are alike likely
 
 
 class Diagnostics:
     def __init__(self, config):
-        self.config, self.streaks, self.said = config, Counter(), set()
+        self.config, self.task, self.streaks, self.said = config, config.env.task, Counter(), set()
 
     def watch(self, metrics):
         """The sentences that this update's metrics give reason to, mostly none; nan counts as no trouble."""
@@ -36,9 +34,10 @@ class Diagnostics:
 
     def _signs(self, metrics):
         """{name: (whether this update shows it, what to say)}"""
-        ppo, env = self.config.ppo, self.config.env
+        ppo, env, task = self.config.ppo, self.config.env, self.task
         clip, kl, entropy = (metrics[f"update/{key}"] for key in ("clip_fraction", "approx_kl", "entropy"))
         returns = metrics["rollout/return_mean"]
+        unsolved = task.solved is None or returns < task.solved
         full_steps = metrics["schedule/learning_rate"] > 0.5 * ppo.learning_rate  # not warming up, nor at the end
         return {
             "high clip fraction": (
@@ -49,7 +48,7 @@ class Diagnostics:
                 "minibatches with a smaller "
                 f"ppo.num_minibatches={ppo.num_minibatches}"),
             "low clip fraction": (
-                clip < LOW_CLIP and full_steps and returns < SOLVED,
+                clip < LOW_CLIP and full_steps and unsolved,
                 f"clip fraction is {clip:.3f}, far below its band of {CLIP_FRACTION_BAND[0]} to "
                 f"{CLIP_FRACTION_BAND[1]}, and the return is {returns:.0f}: the policy hardly moves. Raise "
                 f"ppo.learning_rate={ppo.learning_rate:g}, ppo.update_epochs={ppo.update_epochs} or "
@@ -60,7 +59,7 @@ class Diagnostics:
                 f"ppo.learning_rate={ppo.learning_rate:g}, set ppo.target_kl (now {ppo.target_kl}), or lower "
                 f"ppo.update_epochs={ppo.update_epochs}"),
             "low entropy": (
-                entropy < LOW_ENTROPY and returns < SOLVED and not env.continuous,  # there it may well be negative
+                not task.continuous and entropy < LOW_ENTROPY * math.log(len(task.actions)) and unsolved,
                 f"entropy has fallen to {entropy:.2f} nats at a return of {returns:.0f}: the policy has stopped "
                 f"trying. Raise ppo.entropy_coef={ppo.entropy_coef:g}, lower ppo.learning_rate={ppo.learning_rate:g} "
                 f"or ppo.update_epochs={ppo.update_epochs}"),
@@ -71,8 +70,8 @@ class Diagnostics:
                 f"ppo.reward_scale={ppo.reward_scale:g} to where returns are about 1, or lower "
                 f"ppo.learning_rate={ppo.learning_rate:g}"),
             "time-outs": (
-                metrics["rollout/length_mean"] > 0.9 * TIME_LIMIT,
-                f"episodes last {metrics['rollout/length_mean']:.0f} of at most {TIME_LIMIT} steps, so nearly all "
+                task.landed is not None and metrics["rollout/length_mean"] > 0.9 * task.time_limit,
+                f"episodes last {metrics['rollout/length_mean']:.0f} of at most {task.time_limit} steps, so nearly all "
                 f"time out: the policy hovers rather than lands. Raise ppo.gamma={ppo.gamma:g}, so that it sees the "
                 f"reward for landing from afar, ppo.entropy_coef={ppo.entropy_coef:g}, so that it finds it, or "
                 f"env.frame_skip={env.frame_skip}, which brings it nearer"),

@@ -2,7 +2,7 @@
 
     insight = look_inside(policy, frames, action)     # frames uint8 (K, H, W), as one decision saw them
     panel = Panel(policy, config, "cnn, seed 1000000")
-    panel.decide(frames, probabilities, value, action, episode_return=12.3, step=96)
+    panel.decide(frames, probabilities, value, action, episode_return=12.3, step=96, conditions="")
     picture = panel.picture(rendered)                 # uint8 (panel.height, panel.width, 3), one frame of the film
 
 Nothing is smoothed or made up: every number is the policy's own output for the very frames that it is shown beside.
@@ -17,11 +17,10 @@ import numpy as np
 import torch
 
 from machinery.drawing import Figure, FigureCanvasAgg, matplotlib
-from machinery.errors import UserError
 from models import Policy, Temporal
-from task import ACTIONS, FPS, VIEWPORT
+from task import VIEWPORT
 
-VIEWPORT_H, VIEWPORT_W = VIEWPORT
+FRAME_HEIGHT, FRAME_WIDTH = VIEWPORT  # pixels of the place of the rendered frame; others are scaled to fit
 # Pixels. As wide as a README, and multiples of 16, which encoders like.
 WIDTH, MARGIN, GAP, LINE = 912, 16, 10, 24
 FRAME_TOP, STACK_TOP = 36, 468  # of the rendered frame, and of what the policy sees
@@ -29,6 +28,7 @@ CELL = 168  # largest picture of what the policy sees
 ATTENTION_HEIGHT = 48
 DPI = 100
 SHOWN = 8  # newest frames of a longer stack
+MOST_ACTIONS = 6  # that there is room for
 BACKGROUND, GRID, FAINT, TEXT = "#1b1e24", "#3a3f48", "#a3a9b3", "#f2f3f5"
 TAKEN, OTHER, RETURN, VALUE = "#4cc38a", "#7a808a", "#5ab0f6", "#f5a623"
 BOX = (245, 166, 35)  # VALUE's red, green, blue
@@ -40,15 +40,16 @@ class Insight:
 
     pictures: np.ndarray  # uint8 (S, h, w, C): cut-outs, oldest first; whole frames of a policy without an eye
     corners: np.ndarray | None  # float32 (S, 2): column and row of each cut-out in its frame
-    saliency: np.ndarray  # float32 (h, w): |d logit of the chosen action / d pixel| of the newest picture, over colours
+    saliency: np.ndarray  # float32 (h, w): |d output / d pixel| of the newest picture, over colours
     attention: np.ndarray | None  # float32 (heads, S): in the last layer over time, of the newest step to each frame
 
 
 def look_inside(policy, frames, action):
     """The Insight into one decision. frames: uint8 tensor (K, H, W); action: the one that was chosen.
 
-    Saliency is the plain gradient (Simonyan et al. 2014, arXiv:1312.6034, sec. 3): its absolute value, largest over the
-    colours. With a frozen ResNet it is that of the frozen part's maps, since nothing before them is differentiated.
+    Saliency is the plain gradient (Simonyan et al. 2014, arXiv:1312.6034, sec. 3) of the chosen action's logit, or of a
+    continuous action's means: its absolute value, largest over the colours and summed over the means. With a frozen
+    ResNet it is that of the frozen part's maps, since nothing before them is differentiated.
     """
     singles = frames.unflatten(0, (policy.spaces.frame_stack, policy.spaces.planes))  # (S, C, H, W)
     pictures = Policy.preprocess(policy, singles)["pictures"].permute(0, 2, 3, 1)
@@ -56,9 +57,10 @@ def look_inside(policy, frames, action):
     frame_store, frame_ids = policy.preprocess_stacks(frames[None])
     pixels = frame_store["pictures"] = frame_store["pictures"].float().requires_grad_()  # bytes have no gradient
     with torch.enable_grad(), _attention_over_time(policy) as attention:
-        output = policy(frame_store, frame_ids)
-        (gradient,) = torch.autograd.grad(output.distribution.logits[0, action], pixels)
-    newest = gradient[-1].abs()
+        distribution = policy(frame_store, frame_ids).distribution
+        outputs = distribution.mean[0] if policy.spaces.continuous else distribution.logits[0, action][None]
+        gradients = [torch.autograd.grad(output, pixels, retain_graph=True)[0] for output in outputs]
+    newest = sum(gradient[-1].abs() for gradient in gradients)
     if newest.ndim == 4:  # maps of the picture and of its mirror image, one of which was used
         newest = newest[0] + newest[1].flip(2)
     return Insight(pictures.cpu().numpy(), corners, newest.amax(0).cpu().numpy(), attention[-1] if attention else None)
@@ -90,14 +92,13 @@ class Panel:
     width = WIDTH
 
     def __init__(self, policy, config, title):
-        if policy.spaces.continuous:
-            raise UserError("the panel knows the four discrete actions only")
         self.policy, self.frame_skip, self.reward_scale = policy, config.env.frame_skip, config.ppo.reward_scale
+        self.task = config.env.task
         self.times, self.returns, self.values = [], [], []  # seconds; points so far; points still expected
         self.steps = min(policy.spaces.frame_stack, SHOWN)
         self.cell = min(CELL, (WIDTH - 2 * MARGIN - GAP * self.steps) // (self.steps + 1))
         self.columns = [MARGIN + i * (self.cell + GAP) for i in range(self.steps + 1)]
-        self.frame_size = self.cell, self.cell * VIEWPORT_H // VIEWPORT_W
+        self.frame_size = self.cell, self.cell * policy.spaces.height // policy.spaces.width
         self.picture_size = (self.cell, self.cell) if policy.eye else self.frame_size
         self.picture_top = STACK_TOP + (self.frame_size[1] + GAP if policy.eye else 0)
         attention_top = bottom = self.picture_top + self.picture_size[1]
@@ -109,10 +110,12 @@ class Panel:
         self.figure = Figure((WIDTH / DPI, self.height / DPI), dpi=DPI, facecolor=BACKGROUND)
         self.canvas, self.moving = FigureCanvasAgg(self.figure), []  # what changes from decision to decision
         self._write(MARGIN, FRAME_TOP - 12, title, size=11)
-        self.clock = self._write(MARGIN + VIEWPORT_W, FRAME_TOP - 12, ha="right")
-        right = 2 * MARGIN + VIEWPORT_W
-        self._make_bars(right, FRAME_TOP + LINE)
-        self._make_trace(right, FRAME_TOP + 5 * LINE + 72)
+        self.clock = self._write(MARGIN + FRAME_WIDTH, FRAME_TOP - 12, ha="right")
+        right = 2 * MARGIN + FRAME_WIDTH
+        self.weather = self._write(right, FRAME_TOP - 12, size=8.5)
+        rows = min(len(self.task.actions), MOST_ACTIONS)
+        self._make_bars(right, FRAME_TOP + LINE, rows)
+        self._make_trace(right, FRAME_TOP + (rows + 1) * LINE + 72)
         for i, x in enumerate(self.columns[:-1]):
             ago = (self.steps - 1 - i) * self.frame_skip
             self._write(x, STACK_TOP - 8, f"seen {ago} steps ago" if ago else "seen now", color=FAINT)
@@ -124,14 +127,22 @@ class Panel:
             self._make_attention(attention_top)
         self._draw_still()
 
-    def decide(self, frames, probabilities, value, action, episode_return, step):
-        """Draw one decision. frames: uint8 array (K, H, W); probabilities (A,); value in the units of training."""
+    def decide(self, frames, numbers, value, action, episode_return, step, conditions=""):
+        """Draw one decision. frames: uint8 array (K, H, W); value in the units of training; conditions: words.
+
+        numbers (A,): the probability of each discrete action, or the mean of each number of a continuous one.
+        """
         device = next(self.policy.parameters()).device
         insight = look_inside(self.policy, torch.from_numpy(frames).to(device), action)
-        self.clock.set_text(f"step {step}, {step / FPS:.2f} s")
-        for i, (bar, label) in enumerate(zip(self.bars, self.percents, strict=True)):
-            bar.set(width=probabilities[i], color=TAKEN if i == action else OTHER)
-            label.set_text(f"{probabilities[i]:.0%}")
+        self.clock.set_text(f"step {step}, {step / self.task.fps:.2f} s")
+        self.weather.set_text(conditions)
+        for i, (bar, label) in enumerate(zip(self.bars, self.labels, strict=True)):
+            if self.task.continuous:
+                bar.set(width=min(max(numbers[i], -1), 1), color=TAKEN)
+                label.set_text(f"{numbers[i]:.2f}")
+            else:
+                bar.set(width=numbers[i], color=TAKEN if i == action else OTHER)
+                label.set_text(f"{numbers[i]:.0%}")
         self._extend_trace(step, episode_return, value / self.reward_scale)
         if self.attention:
             for bars, weights in zip(self.attention, insight.attention.T[-self.steps :], strict=True):
@@ -142,16 +153,20 @@ class Panel:
 
     def end(self, episode_return, step, outcome):
         """Draw the episode's end: the return with its last reward, and how it ended."""
-        self.clock.set_text(f"step {step}, {step / FPS:.2f} s: {outcome}")
+        self.clock.set_text(f"step {step}, {step / self.task.fps:.2f} s: {outcome}")
         self._extend_trace(step, episode_return, float("nan"))
         pictures = self.drawn[STACK_TOP:].copy()
         self._draw_moving()
         self.drawn[STACK_TOP:] = pictures
 
     def picture(self, frame):
-        """The panel around a rendered frame, uint8 (400, 600, 3) -> a new uint8 array (height, WIDTH, 3)."""
-        picture = self.drawn.copy()
-        picture[FRAME_TOP : FRAME_TOP + VIEWPORT_H, MARGIN : MARGIN + VIEWPORT_W] = frame
+        """The panel around a rendered frame, uint8 (H, W, 3) -> a new uint8 array (height, WIDTH, 3)."""
+        scale = min(FRAME_HEIGHT / frame.shape[0], FRAME_WIDTH / frame.shape[1])
+        if scale != 1:
+            frame = cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        height, width = frame.shape[:2]
+        left, picture = MARGIN + (FRAME_WIDTH - width) // 2, self.drawn.copy()
+        picture[FRAME_TOP : FRAME_TOP + height, left : left + width] = frame
         return picture
 
     def _axes(self, x, y, width, height):
@@ -170,22 +185,24 @@ class Panel:
             self.moving.append(written)
         return written
 
-    def _make_bars(self, x, y):
-        self._write(x, y - 10, "probability of each action", color=FAINT)
-        axes = self._axes(x + 88, y, WIDTH - MARGIN - x - 88 - 40, 4 * LINE)
-        axes.set(xlim=(0, 1), ylim=(len(ACTIONS) - 0.5, -0.5))
+    def _make_bars(self, x, y, rows):
+        low, title = (-1, "mean of each number") if self.task.continuous else (0, "probability of each action")
+        self._write(x, y - 10, title, color=FAINT)
+        axes = self._axes(x + 88, y, WIDTH - MARGIN - x - 88 - 40, rows * LINE)
+        axes.set(xlim=(low, 1), ylim=(rows - 0.5, -0.5))
         axes.axis("off")
-        axes.barh(range(len(ACTIONS)), 1, height=0.7, color=GRID, alpha=0.5)
-        self.bars = axes.barh(range(len(ACTIONS)), 0, height=0.7)
-        for i, name in enumerate(ACTIONS):
-            axes.text(-0.04, i, name, ha="right", va="center", size=9.5, color=TEXT)
-        self.percents = [axes.text(1.04, i, "", va="center", size=9.5, color=TEXT) for i in range(len(ACTIONS))]
-        self.moving += [*self.bars, *self.percents]
+        axes.barh(range(rows), 1 - low, left=low, height=0.7, color=GRID, alpha=0.5)
+        self.bars = axes.barh(range(rows), 0, height=0.7)
+        side = 0.04 * (1 - low)
+        for i, name in enumerate(self.task.actions[:rows]):
+            axes.text(low - side, i, name, ha="right", va="center", size=9.5, color=TEXT)
+        self.labels = [axes.text(1 + side, i, "", va="center", size=9.5, color=TEXT) for i in range(rows)]
+        self.moving += [*self.bars, *self.labels]
 
     def _make_trace(self, x, y):
         self.now_return = self._write(x, y - LINE - 12, color=RETURN)
         self.now_value = self._write(x, y - 14, color=VALUE)
-        self.trace = self._axes(x + 34, y, WIDTH - MARGIN - x - 34, FRAME_TOP + VIEWPORT_H - y - LINE - 6)
+        self.trace = self._axes(x + 34, y, WIDTH - MARGIN - x - 34, FRAME_TOP + FRAME_HEIGHT - y - LINE - 6)
         self.trace.set(xlim=(0, 5), ylim=(-110, 310))
         self.trace.grid(color=GRID)
         self.trace.set_xlabel("seconds", size=8.5, color=FAINT, labelpad=0)
@@ -203,7 +220,7 @@ class Panel:
             self.moving += self.attention[-1]
 
     def _extend_trace(self, step, episode_return, value):
-        self.times.append(step / FPS)
+        self.times.append(step / self.task.fps)
         self.returns.append(episode_return)
         self.values.append(value)
         for curve, points in zip(self.curves, (self.returns, self.values), strict=True):

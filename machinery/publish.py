@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from envs import RenderedLander
 from evaluate import play
 from machinery.checkpoint import POLICY_FILE, load_checkpoint, load_policy
 from machinery.config import load_config
@@ -29,24 +28,24 @@ from machinery.errors import UserError, one_line
 from machinery.run_folder import is_finished
 from machinery.video import VideoRecorder, write_gif
 from plot import draw_run, reached, read_metrics
-from task import EVALUATION_SEED, SOLVED
+from task import ENV_ID, EVALUATION_SEED, solved_mark
 
 HERE = Path(__file__).parent.parent
 CONFIGS = HERE / "configs"
 BEGIN, END = "<!-- results: written by machinery/publish.py -->", "<!-- end of results -->"
 FILES = ("config.yaml", "metrics.csv", "machine.json", "report.json", "report_sampled.json")
-CARD = """# {policy}: a mean return of {greedy}
+CARD = """# {name}: a mean return of {greedy}
 
-![a landing](landing.gif)
+![an episode](landing.gif)
 
 | | |
 | --- | --- |
 | trained by | `{command}` |
 | training seed | {seed} |
-| environment frames | {frames:,} physics steps of LunarLander-v3, seen as rendered frames only |
+| environment frames | {frames:,} steps of {env}, seen as rendered frames only |
 | wall-clock | {minutes:.0f} minutes on {machine} |
-| mean training return of 100 episodes over {solved} | {hit} |
-| greedy, 100 unseen seeds | {greedy}, {landed:.0%} landed, {solved_rate:.0%} with {solved} or more |
+| mean training return of 100 episodes over {solved:g} | {hit} |
+| greedy, 100 unseen seeds | {greedy}, {landed}{solved_rate:.0%} with {solved:g} or more |
 | sampled, the same seeds | {sampled} |
 | commit | {commit} |
 | parameters | {parameters:,} |
@@ -61,18 +60,18 @@ Score it again: `python evaluate.py --checkpoint results/{name}`. Train it again
 
 ```python
 import torch
-from envs import RenderedLander
+from envs import make_env
 from machinery.checkpoint import load_policy
 
 policy, config, _ = load_policy("results/{name}")
-lander = RenderedLander(**config.env.lander_settings())
-frames, ended = lander.reset(seed=1_000_000), False
+env = make_env(rendered=True, **config.env.settings())
+frames, ended = env.reset(seed=1_000_000), False
 while not ended:
     with torch.no_grad():
         output = policy(*policy.preprocess_stacks(torch.from_numpy(frames)[None]))
-    frames, reward, terminated, truncated = lander.step(int(output.distribution.mode()))
+    frames, reward, terminated, truncated = env.step(output.distribution.mode()[0].tolist())
     ended = terminated or truncated
-print(lander.episode_return)
+print(env.episode_return)
 ```
 """
 
@@ -133,19 +132,23 @@ def facts(folder, name=None):
     policy, config, _ = load_policy(folder)
     metrics = read_metrics(folder)
     report, sampled = (
-        read_json(folder / name, "episodes", "seed", "return_mean", "return_ci95", "landed_rate", "solved_rate")
+        read_json(folder / name, "episodes", "seed", "return_mean", "return_ci95", "solved_rate")
         for name in ("report.json", "report_sampled.json"))
     if any((each["episodes"], each["seed"]) != (100, EVALUATION_SEED) for each in (report, sampled)):
         raise PublishError(f"{folder}: a result is scored over 100 episodes from seed {EVALUATION_SEED} on")
     machine = read_json(folder / "machine.json", "machine", "git_commit")
-    solved = reached(metrics)
+    solved = reached(metrics, config.env.task.solved)
+    options = ", ".join(f"{key} {value}" for key, value in (config.env.unusual() | config.env.options).items())
     return {
-        "name": name, "policy": config.model.name, "seed": config.run.seed, "solved": SOLVED,
+        "name": name, "policy": config.model.name, "seed": config.run.seed,
+        "id": config.env.id, "solved": config.env.task.solved,
+        "env": config.env.id + (f" with {options}" if options else ""),
         "hit": f"{solved[0] / 1e6:.2f} M frames, {solved[1] / 60:.0f} min" if solved else "not reached",
         "command": command(config, name),
         "frames": int(metrics["frames"][-1]), "minutes": metrics["speed/total_seconds"][-1] / 60,
         "machine": machine["machine"], "commit": machine["git_commit"],
-        "greedy": score(report), "sampled": score(sampled), "landed": report["landed_rate"],
+        "greedy": score(report), "sampled": score(sampled),
+        "landed": f"{report['landed_rate']:.0%} landed, " if "landed_rate" in report else "",
         "solved_rate": report["solved_rate"],
         "parameters": sum(p.numel() for p in policy.parameters()),
         "multiply_adds": multiply_adds(policy, config.ppo.segment_length),
@@ -169,9 +172,10 @@ def draw(folder):
     draw_run(folder, folder / "curves.png")
     policy, config, _ = load_policy(folder)
     returns = read_json(folder / "report.json", "returns")["returns"]
-    seed = EVALUATION_SEED + next((i for i, value in enumerate(returns) if value >= SOLVED), 0)
+    solved = config.env.task.solved
+    seed = EVALUATION_SEED + next((i for i, value in enumerate(returns) if value >= solved), 0)
     with VideoRecorder(folder, 1, seed, "landing") as recorder:
-        play(policy, config.env, [seed], lander_class=RenderedLander, recorder=recorder)
+        play(policy, config.env, [seed], rendered=True, recorder=recorder)
     if recorder.failure:
         raise PublishError(f"{folder}: no landing filmed: {recorder.failure}")
     write_gif(folder / "landing.mp4", folder / "landing.gif")
@@ -191,17 +195,19 @@ def write_pages():
 
 def table():
     """The results table in Markdown."""
+    found = [facts(report.parent) for report in sorted((HERE / "results").glob("*/report.json"))]
+    others = {f"{row['id']} {row['solved']:g}": 0 for row in found if row["id"] != ENV_ID}
+    mark = f"{solved_mark(ENV_ID):g}" + (f" ({', '.join(others)})" if others else "")
     rows = [
-        f"| policy | parameters | multiply-adds per decision | to a mean training return of {SOLVED} | trained for | "
+        f"| config | parameters | multiply-adds per decision | to a mean training return of {mark} | trained for | "
         "greedy, 100 unseen seeds | sampled | landed |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |"]
-    for report in sorted((HERE / "results").glob("*/report.json")):
-        row = facts(report.parent)
+    for row in found:
         rows.append(
-            f"| [{row['policy']}](results/{row['name']}) | {row['parameters'] / 1e6:.2f} M | "
+            f"| [{row['name']}](results/{row['name']}) | {row['parameters'] / 1e6:.2f} M | "
             f"{row['multiply_adds'] / 1e6:.1f} M | {row['hit']} | "
             f"{row['frames'] / 1e6:.1f} M frames, {row['minutes']:.0f} min | **{row['greedy']}** | {row['sampled']} | "
-            f"{row['landed']:.0%} |")
+            f"{row['landed'].partition(' ')[0] or '-'} |")
     return "\n".join(rows)
 
 

@@ -20,7 +20,6 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 
 import torch
 
-from envs import RenderedLander, WorkerError
 from machinery.checkpoint import (
     POLICY_FILE,
     CheckpointError,
@@ -39,15 +38,23 @@ from machinery.signals import Interrupted, SignalWatch
 from machinery.terminal import Progress
 from machinery.tracking import Tracker
 from machinery.video import VideoRecorder
-from task import LANDED, SELECTION_SEED
+from machinery.workers import WorkerError
+from task import SELECTION_SEED
 
 MAX_FAILURES = 3  # of workers, in one rollout
 # Name: a metric, and from what value on the milestone is reached; if several at once, the last is filmed.
-MILESTONES = {
+LANDER_MILESTONES = {
     "first-landing": ("rollout/landed_rate", 0.01),
     "return-100": ("rollout/return_mean", 100),
     "return-200": ("rollout/return_mean", 200),
 }
+
+
+def milestones(task):
+    """Those of a landing; of any other task, that it is solved."""
+    if task.landed is not None:
+        return LANDER_MILESTONES
+    return {} if task.solved is None else {"solved": ("rollout/return_mean", task.solved)}
 
 
 class TrainingError(UserError):
@@ -207,7 +214,8 @@ class Run:
         frames, policy = self.trainer.counters["env_frames"], self.trainer.policy
         counters["scored"] = None
         counters["seconds"] += metrics.get("speed/collect_seconds", 0) + metrics.get("speed/update_seconds", 0)
-        metrics |= {"eval/return_mean": math.nan, "eval/landed_rate": math.nan}
+        task, metrics["eval/return_mean"] = self.config.env.task, math.nan
+        metrics |= {} if task.landed is None else {"eval/landed_rate": math.nan}
         if self.processes.rank:
             return  # and wait for the first process at the next exchange
         if frames < min(counters["next_evaluation"], self.config.ppo.total_frames):
@@ -217,7 +225,7 @@ class Run:
         seeds = range(SELECTION_SEED, SELECTION_SEED + settings.selection_episodes)
         returns, _, outcomes = self.play(policy, self.config.env, seeds)
         metrics["eval/return_mean"] = float(returns.mean())
-        metrics["eval/landed_rate"] = float((outcomes == LANDED).mean())
+        metrics |= {} if task.landed is None else {"eval/landed_rate": float((outcomes == task.landed).mean())}
         if counters["best"] is None or returns.mean() > counters["best"]:
             self.unsaved_best = policy_bytes(policy, self.config, frames)
             counters["best"] = float(returns.mean())
@@ -249,7 +257,8 @@ class Run:
         It draws no random number that training draws. What is reached is a counter, so a resumed run films none twice.
         """
         counters, start = self.counters, time.perf_counter()
-        reached = [name for name, (key, least) in MILESTONES.items() if metrics[key] >= least]
+        marks = milestones(self.config.env.task)
+        reached = [name for name, (key, least) in marks.items() if metrics[key] >= least]
         new = [name for name in reached if name not in counters["milestones"]]
         counters["milestones"] = [*counters["milestones"], *new]  # a new list: the old one may be part of a snapshot
         if not new or not self.config.evaluation.videos:
@@ -257,7 +266,7 @@ class Run:
         name = f"{self.trainer.counters['env_frames'] / 1e6:.2f}M-{new[-1]}"
         with VideoRecorder(self.folder / "videos", 1, SELECTION_SEED, name) as recorder:
             self.play(
-                self.trainer.policy, self.config.env, [SELECTION_SEED], lander_class=RenderedLander, recorder=recorder)
+                self.trainer.policy, self.config.env, [SELECTION_SEED], rendered=True, recorder=recorder)
         counters["seconds"] += time.perf_counter() - start
         return [] if recorder.failure else recorder.paths
 

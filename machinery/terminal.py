@@ -69,8 +69,10 @@ class Progress:
         """`elapsed`: seconds of training so far, as in speed/total_seconds."""
         if self.silent:
             return
+        landed = metrics.get("rollout/landed_rate")
         line = (
-            f"return {metrics['rollout/return_mean']:.0f}, landed {100 * metrics['rollout/landed_rate']:.0f}%, "
+            f"return {metrics['rollout/return_mean']:.0f}, "
+            f"{'' if landed is None else f'landed {100 * landed:.0f}%, '}"
             f"KL {metrics['update/approx_kl']:.3f}, clip {metrics['update/clip_fraction']:.2f}, "
             f"entropy {metrics['update/entropy']:.2f}")
         if not self.bar.disable:

@@ -10,7 +10,6 @@ import imageio_ffmpeg
 import numpy as np
 
 from machinery.errors import first_line
-from task import FPS, OUTCOMES, VIEWPORT
 
 
 class VideoRecorder:
@@ -45,54 +44,57 @@ class VideoRecorder:
                 if not (self.panel_failure and path.stem.endswith("-panel")):  # of which it has been told
                     self._fail(OSError(f"{path} is not whole"))
 
-    def begin(self, index, lander):
-        lander.on_frame = None
+    def begin(self, index, env):
+        env.on_frame = None
         if index >= self.count or self.failure:
             return
         name = self.name.format(seed=self.seed + index)
         try:
-            send = self._open(index, f"{name}.mp4", *reversed(VIEWPORT))
+            send = self._open(index, f"{name}.mp4", *reversed(env.task.viewport), env.task.fps)
         except (OSError, RuntimeError) as error:
             return self._fail(error)
         if self.make_panel:
             with self._panel_trouble(index):
                 panel = self.make_panel(f"seed {self.seed + index}")
-                self.films[index] = PanelFilm(panel, self._open(index, f"{name}-panel.mp4", panel.width, panel.height))
+                self.films[index] = PanelFilm(panel, self._open(
+                    index, f"{name}-panel.mp4", panel.width, panel.height, env.task.fps))
 
         def on_frame(frame):
             try:
                 send(frame)
             except (OSError, StopIteration) as error:
-                lander.on_frame = None
+                env.on_frame = None
                 self._fail(error)
             with self._panel_trouble(index) as film:
                 if film:
                     film.show(frame)
 
-        lander.on_frame = on_frame
+        env.on_frame = on_frame
 
-    def decide(self, index, lander, frames, output, row, action):
+    def decide(self, index, env, frames, output, row, action):
         """`action` was taken on `frames`; `output`: the PolicyOutput of a batch in which that decision is `row`."""
         with self._panel_trouble(index) as film:
             if film:
-                probabilities, value = output.distribution.probs[row].cpu().numpy(), float(output.value[row])
-                film.panel.decide(frames, probabilities, value, action, lander.episode_return, lander.episode_length)
+                distribution, value = output.distribution, float(output.value[row])
+                numbers = (distribution.mean if env.task.continuous else distribution.probs)[row].cpu().numpy()
+                film.panel.decide(
+                    frames, numbers, value, action, env.episode_return, env.episode_length, env.conditions())
 
-    def end(self, index, lander):
+    def end(self, index, env):
         with self._panel_trouble(index) as film:
             if film:
-                outcome = OUTCOMES[lander.outcome()].replace("_", " ")
-                film.panel.end(lander.episode_return, lander.episode_length, outcome)
+                outcome = env.task.outcomes[env.outcome()].replace("_", " ")
+                film.panel.end(env.episode_return, env.episode_length, outcome)
                 film.show(None)
         self.films.pop(index, None)
         self._close(index)
 
-    def _open(self, index, name, width, height):
+    def _open(self, index, name, width, height, fps):
         """A function that takes the frames, uint8 (height, width, 3), of a new file of episode `index`."""
         path = self.folder / name
-        # Nothing is scaled, as all sides are multiples of 8; yuv420p is what browsers play.
+        # yuv420p is what browsers play; it needs even sides, so an odd one is scaled.
         writer = imageio_ffmpeg.write_frames(
-            str(path), (width, height), fps=FPS, codec="libx264", pix_fmt_out="yuv420p", macro_block_size=8,
+            str(path), (width, height), fps=fps, codec="libx264", pix_fmt_out="yuv420p", macro_block_size=2,
             output_params=["-movflags", "+faststart"])
         writer.send(None)
         self.writers.setdefault(index, []).append(writer)

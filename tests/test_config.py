@@ -13,7 +13,7 @@ from machinery.checkpoint import save_config
 from machinery.config import Config, ConfigError, Env, changed_keys, check_config, known_keys, load_config
 from machinery.errors import UserError
 from models import POLICIES, Strict
-from task import CALM
+from task import CALM, ENV_ID
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -269,15 +269,16 @@ def test_weather_that_cannot_be(override, expected, tmp_path):
 
 def test_weather_may_be_a_range_and_reads_back(tmp_path):
     config = load_config(None, ["env.gravity=[-12, -8]", "env.enable_wind=true", "env.wind_power=[0,20.0]"])
-    assert config.env.options() == {"gravity": [-12, -8], "enable_wind": True, "wind_power": [0, 20]}
+    assert config.env.unusual() == {"gravity": [-12, -8], "enable_wind": True, "wind_power": [0, 20]}
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
-    assert load_config(None).env.options() == {}
+    assert load_config(None).env.unusual() == {}
 
 
-def test_lander_settings():
-    assert Env(frame_skip=2, color=False, num_envs=64, wind_power=3).lander_settings() == CALM | {
-        "frame_skip": 2, "frame_stack": 4, "shrink_factor": 4, "color": False, "continuous": False, "wind_power": 3}
+def test_settings():
+    assert Env(frame_skip=2, color=False, num_envs=64, wind_power=3).settings() == CALM | {
+        "env_id": ENV_ID, "frame_skip": 2, "frame_stack": 4, "shrink_factor": 4, "color": False, "continuous": False,
+        "wind_power": 3}
 
 
 def test_a_mistake_in_a_config_is_the_users():

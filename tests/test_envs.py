@@ -15,19 +15,10 @@ from gymnasium.envs.box2d import lunar_lander
 from gymnasium.envs.box2d.lunar_lander import heuristic
 from gymnasium.error import AlreadyPendingCallError
 
-from camera import shrink
-from envs import (
-    EPISODE_METRICS,
-    PARTICLE_AGEING,
-    FrameStack,
-    Lander,
-    LanderGroup,
-    LeanLunarLander,
-    RenderedLander,
-    WorkerError,
-    draw_weather,
-    make_vector_env,
-)
+from envs import EnvGroup, make_vector_env
+from frames import FrameStack, shrink
+from lander import PARTICLE_AGEING, Lander, LeanLunarLander, RenderedLander, draw_weather
+from machinery.workers import WorkerError
 from runs import wait, workers_of
 from task import ACTIONS, CALM, ENV_ID, FPS, MIRRORED_ACTIONS, OUTCOMES, SOLVED, TIME_LIMIT, TRAINING_SEEDS, VIEWPORT
 
@@ -264,7 +255,7 @@ def test_vector_env_equals_its_landers_played_alone():
     try:
         assert (envs.num_envs, envs.observation_space.shape, envs.action_space.shape) == (4, (4, 2, 50, 75), (4,))
         observations = envs.reset()[0].copy()
-        alone = [LanderGroup(1, i, 3, **SETTINGS) for i in range(4)]
+        alone = [EnvGroup(1, i, 3, **SETTINGS) for i in range(4)]
         for i, group in enumerate(alone):
             np.testing.assert_array_equal(observations[i], group.reset()[0][0])
         rng, endings = np.random.default_rng(0), 0
@@ -279,7 +270,7 @@ def test_vector_env_equals_its_landers_played_alone():
                 assert info["env_frames"][i] == own["env_frames"][0]
                 if term[0]:
                     endings += 1
-                    assert own["episode"].keys() == info["episode"].keys() == EPISODE_METRICS.keys()
+                    assert own["episode"].keys() == info["episode"].keys() == Lander.metrics.keys()
                     assert {key: values[i] for key, values in info["episode"].items()} == {
                         key: values[0] for key, values in own["episode"].items()}
                     assert own["episode"]["length_mean"][0] > 40
@@ -385,7 +376,7 @@ def test_worker_that_raises_in_a_later_step_is_named_with_its_cause(monkeypatch)
 
 class FailsLater:
     def __call__(self):
-        group = LanderGroup(2, 0, 0, **SETTINGS)
+        group = EnvGroup(2, 0, 0, **SETTINGS)
         step, count = group.step, iter(range(100))
 
         def fail_at_the_second(actions):
@@ -432,14 +423,14 @@ def test_an_error_that_cannot_be_sent_is_named_all_the_same(monkeypatch):
 
 class FailsUnsendably:
     def __call__(self):
-        group = LanderGroup(2, 0, 0, **SETTINGS)
+        group = EnvGroup(2, 0, 0, **SETTINGS)
 
         def fail(action):
             error = ValueError("bad wind")
             error.cause = lambda: None  # no pickle takes it
             raise error
 
-        group.landers[1].play = fail
+        group.envs[1].play = fail
         return group
 
 
@@ -448,7 +439,7 @@ def test_a_signal_ends_the_wait_for_workers_that_do_not_start(number, tmp_path):
     code = ("import time, torch; import envs\n"
             "torch.ones(1000, 1000) @ torch.ones(1000, 1000)  # threads that might take the signal\n"
             "class Hangs:\n    def __call__(self):\n        import os, time; os.getpid() == pid or time.sleep(600)\n"
-            "        return envs.LanderGroup(2, 0, 0, frame_skip=4, frame_stack=4, shrink_factor=8, color=False)\n"
+            "        return envs.EnvGroup(2, 0, 0, frame_skip=4, frame_stack=4, shrink_factor=8, color=False)\n"
             "import os, signal; pid = os.getpid(); signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
             "envs.partial = lambda *args, **settings: Hangs()\n"
             "envs.make_vector_env(4, 2)\n")
@@ -466,14 +457,14 @@ class FailsInWorker:
     def __call__(self):
         if multiprocessing.parent_process():
             raise RuntimeError("no such lander")
-        return LanderGroup(2, 0, 0, **SETTINGS)
+        return EnvGroup(2, 0, 0, **SETTINGS)
 
 
 def test_truncated_episode_hands_over_its_last_frames():
-    group = LanderGroup(1, 0, 0, **SETTINGS)
+    group = EnvGroup(1, 0, 0, **SETTINGS)
     group.reset()
-    group.landers[0].env._max_episode_steps = 42  # the outermost wrapper, TimeLimit
-    group.landers[0].reset(5)
+    group.envs[0].env._max_episode_steps = 42  # the outermost wrapper, TimeLimit
+    group.envs[0].reset(5)
     twin = Lander(**SETTINGS)
     twin.reset(5)
     for decision in range(11):
@@ -491,11 +482,11 @@ def test_truncated_episode_hands_over_its_last_frames():
 
 def test_last_frames_of_a_truncated_episode_reach_the_trainer():
     settings = SETTINGS | {"frame_skip": 1, "seed": 0}
-    alone = LanderGroup(1, 1, **settings)
+    alone = EnvGroup(1, 1, **settings)
     alone.reset()
     actions, truncated = [], [False]
     while not truncated[0]:
-        actions.append(keep_aloft(None, state_of(alone.landers[0])))
+        actions.append(keep_aloft(None, state_of(alone.envs[0])))
         frames, _, terminated, truncated, info = alone.step(actions[-1:])
         assert not terminated[0]
     envs = make_vector_env(num_envs=2, num_workers=2, **settings)
@@ -513,7 +504,7 @@ def test_last_frames_of_a_truncated_episode_reach_the_trainer():
 
 
 def test_episodes_never_use_evaluation_seeds(monkeypatch):
-    group = LanderGroup(2, 0, 1, **SETTINGS)
+    group = EnvGroup(2, 0, 1, **SETTINGS)
     seeds = []
     monkeypatch.setattr(Lander, "reset", lambda lander, seed: seeds.append(seed))
     for _ in range(500):

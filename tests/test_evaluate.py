@@ -13,11 +13,12 @@ from matplotlib.image import imread
 
 import evaluate
 from camera import shrink
-from envs import FrameStack, Lander, RenderedLander
+from frames import FrameStack
+from lander import Lander, RenderedLander
 from machinery.checkpoint import load_policy
 from machinery.video import VideoRecorder
 from runs import no_room
-from task import ENV_ID, VIEWPORT
+from task import ENV_ID, LUNAR_LANDER, VIEWPORT
 
 
 def run_main(*args):
@@ -62,7 +63,7 @@ def test_report_equals_episodes_played_by_hand(weather, policy_file, tmp_path):
     assert (report["mode"], report["episodes"], report["seed"], report["policy"]) == ("greedy", 3, 1000007, "cnn")
     assert report["return_ci95"][0] <= report["return_mean"] <= report["return_ci95"][1]
     assert "return" in done.stdout
-    assert report.get("env", {}) == weather
+    assert report["env"] == {"id": ENV_ID} | weather
     assert ("options  gravity -8.0, enable_wind True" in done.stdout) == bool(weather)
 
     reader = imageio_ffmpeg.read_frames(str(tmp_path / "videos" / "seed-1000007.mp4"))
@@ -106,7 +107,7 @@ def test_confidence_interval_of_a_known_case():
 def test_no_encoder_outlives_its_episode(tmp_path):
     """Each takes a hundred megabytes; of an evaluation with many videos only a few may live at once."""
     frame = np.zeros((*VIEWPORT, 3), np.uint8)
-    lander = SimpleNamespace(on_frame=None)
+    lander = SimpleNamespace(on_frame=None, task=LUNAR_LANDER[False])
     with VideoRecorder(tmp_path, 3, 0) as recorder:
         for index in range(3):
             recorder.begin(index, lander)
@@ -165,7 +166,7 @@ def test_the_grid_is_what_single_weathers_give(policy_file, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(("override", "told"), [
-    ("env.frame_stack=3", "env.frame_stack: a policy is scored as it was trained; only gravity, enable_wind"),
+    ("env.frame_stack=3", "env.frame_stack: a policy is scored as it was trained; only env.gravity, env.enable_wind"),
     ("ppo.gamma=0.5", "ppo.gamma: a policy is scored as it was trained"), ("env.wind_power=50", "between 0 and 20"),
     ("env.gravty=-8", "did you mean env.gravity")])
 def test_only_the_weather_may_differ_from_training(override, told, policy_file):

@@ -16,13 +16,13 @@ import pytest
 from test_distributed import SETTINGS, torchrun
 
 import train
-from envs import unpinned_cores
 from machinery.checkpoint import load_checkpoint, load_policy
 from machinery.config import ConfigError, load_config
 from machinery.device import cores_for, cpu_quota
 from machinery.processes import SINGLE_PROCESS, Processes
 from machinery.run_folder import start_run
 from machinery.tracking import Tracker, TrackingError, lost_artifacts, with_store
+from machinery.workers import unpinned_cores
 from runs import BARE, CONFIG, HELD, ROOT, TINY, begun, command, go, only_run, rows, start, wait_until_held
 
 

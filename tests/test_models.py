@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 from camera import shrink
-from envs import Lander
+from lander import Lander
 from machinery.config import ConfigError, check_config, load_config
 from models import (
     POLICIES,

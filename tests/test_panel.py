@@ -10,7 +10,7 @@ import torch
 from test_evaluate import run_main
 
 import evaluate
-from envs import Lander, RenderedLander
+from lander import Lander
 from machinery import panel
 from machinery.checkpoint import build_policy, load_policy
 from machinery.config import load_config
@@ -35,7 +35,7 @@ def policy_and_frames(overrides, decisions=6):
     if policy.eye:
         policy.eye.direction.copy_(torch.tensor([0.33, -0.81, 0.48]))
     torch.nn.init.normal_(policy.actor.weight)
-    lander = Lander(**config.env.lander_settings())
+    lander = Lander(**config.env.settings())
     frames = lander.reset(1_000_003)
     for i in range(decisions):
         frames = lander.step(i % 4)[0]
@@ -93,7 +93,7 @@ def test_the_panel_draws_what_the_policy_put_out(overrides):
 
     np.testing.assert_allclose([bar.get_width() for bar in drawing.bars], probabilities, rtol=1e-6)
     assert [i for i, bar in enumerate(drawing.bars) if bar.get_facecolor()[1] > 0.7] == [action]
-    assert drawing.percents[action].get_text() == f"{probabilities[action]:.0%}"
+    assert drawing.labels[action].get_text() == f"{probabilities[action]:.0%}"
     returns, values = (curve.get_ydata() for curve in drawing.curves)
     assert (list(returns), list(values)) == ([12.5], [pytest.approx(float(value) / config.ppo.reward_scale)])
     insight = look_inside(policy, torch.from_numpy(frames), action)
@@ -191,10 +191,10 @@ def test_numbers_beside_a_frame_belong_to_that_frame(policy_file, monkeypatch):
 
     files = {}
     monkeypatch.setattr(
-        VideoRecorder, "_open", lambda self, index, name, width, height: files.setdefault(name, []).append)
+        VideoRecorder, "_open", lambda self, index, name, width, height, fps: files.setdefault(name, []).append)
     policy, config, _ = load_policy(policy_file)
     recorder = VideoRecorder("nowhere", 1, 1000007, "x", lambda title: Counter())
-    _, (length,), _ = evaluate.play(policy, config.env, [1000007], lander_class=RenderedLander, recorder=recorder)
+    _, (length,), _ = evaluate.play(policy, config.env, [1000007], rendered=True, recorder=recorder)
     frames, numbers = zip(*files["x-panel.mp4"], strict=True)
     assert numbers == (*(i // 4 + 1 for i in range(length)), f"end after {length}")
     assert len(files["x.mp4"]) == len(frames) == length + 1

@@ -213,7 +213,7 @@ def test_schedule_warms_up_anneals_and_knows_the_late_stage():
 
 
 class ProbeEnvs:
-    """An environment in the form of envs.LanderVectorEnv, for rules written as plain functions.
+    """An environment in the form of envs.FrameVectorEnv, for rules written as plain functions.
 
     rule(step, observation, action) -> (reward, ended); observations are -1 or 1, shown as frames all 0 or all 255.
     """

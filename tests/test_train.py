@@ -239,4 +239,5 @@ for _ in range(10):
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     done = subprocess.run([sys.executable, "-c", faults], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 100  # of 160,000 pages; pages that the kernel had to clear
+    # Pages that the kernel had to clear. One minibatch has 16,384 of them; by itself, glibc has most of ten cleared.
+    assert int(done.stdout) < 16_384
