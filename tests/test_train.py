@@ -179,7 +179,7 @@ def test_continuous_engines_in_wind_stopped_and_resumed_equal_the_run_that_was_n
     whole, stopped = (rows(tmp_path / "runs" / name) for name in ("whole", "stopped"))
     assert without_speed(stopped) == without_speed(whole)
     report = json.loads((tmp_path / "runs" / "stopped" / "report.json").read_text())
-    assert report["env"] == {"continuous": True, "enable_wind": True, "gravity": [-12, -8]}
+    assert report["env"] == {"id": "LunarLander-v3", "continuous": True, "enable_wind": True, "gravity": [-12, -8]}
     assert report["returns"] == json.loads((tmp_path / "runs" / "whole" / "report.json").read_text())["returns"]
 
 
