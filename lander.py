@@ -134,7 +134,9 @@ class RenderedLander(RenderedEnv):
     from 0 to 3. weather: some of task.CALM's options; a range [low, high] is drawn from anew for each episode.
     """
 
-    metrics = EPISODE_METRICS | {"landed_rate": lambda lander: lander.outcome() == LANDED}
+    metrics = EPISODE_METRICS | {
+        "landed_rate": lambda lander: lander.outcome() == LANDED,
+    }
 
     def __init__(self, frame_skip, frame_stack, shrink_factor, color, continuous=False, **weather):
         self.continuous, self.weather = continuous, CALM | weather
