@@ -139,7 +139,7 @@ class RenderedEnv:
         space = self.env.action_space
         if isinstance(space, gym.spaces.Discrete):
             return space.start + action
-        action = np.reshape(action, space.shape)
+        action = np.reshape(np.asarray(action, np.float32), space.shape)
         bounded = space.bounded_below & space.bounded_above
         with np.errstate(invalid="ignore", over="ignore"):  # of bounds that are infinite
             stretched = space.low + (space.high - space.low) * (np.clip(action, -1, 1) + 1) / 2

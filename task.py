@@ -10,6 +10,7 @@ import warnings
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 
 # pygame, which draws most environments, reads these at its import: frames go to memory, so no display is needed.
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
@@ -79,8 +80,11 @@ def find_task(env_id, options):
 
 def solved_mark(env_id):
     """The mean return from which an environment counts as solved, by its registration alone; None if unknown."""
+    module, _, name = env_id.rpartition(":")
     try:
-        return gym.spec(env_id).reward_threshold
+        if module:
+            import_module(module)
+        return gym.spec(name).reward_threshold
     except Exception:  # no such environment here, or a module of somebody else's that fails
         return None
 
