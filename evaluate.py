@@ -30,8 +30,10 @@ from tqdm import tqdm
 from envs import make_env
 from machinery.checkpoint import load_policy
 from machinery.config import ConfigError, apply_overrides
+from machinery.device import cores_for
 from machinery.errors import one_line
 from machinery.files import newest_run, write_atomically
+from machinery.processes import SINGLE_PROCESS
 from machinery.terminal import Outlet
 from machinery.video import VideoRecorder, write_webp
 from task import CALM, ENV_ID, EVALUATION_SEED, solved_mark
@@ -249,6 +251,7 @@ def main(argv=None):
     if (args.panel or args.webp) and not args.videos:
         parser.error("--panel and --webp need --videos of 1 or more")
     checkpoint = args.checkpoint or default_checkpoint()
+    torch.set_num_threads(min(torch.get_num_threads(), cores_for(SINGLE_PROCESS)))  # a container may allow fewer
     with one_line("evaluate.py", hint="; --output names another folder"):
         policy, config, file = load_policy(checkpoint)
         config = in_weather(config, args.overrides)

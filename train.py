@@ -43,7 +43,7 @@ from torch import nn
 from envs import env_class, make_vector_env
 from evaluate import evaluate, play
 from machinery.checkpoint import build_policy, load_weights
-from machinery.device import choose_device, cores_for, keep_freed_memory, make_autocast
+from machinery.device import ThreadGauge, choose_device, cores_for, keep_freed_memory, make_autocast
 from machinery.errors import one_line
 from machinery.processes import SINGLE_PROCESS, Processes
 from machinery.run import open_run
@@ -289,7 +289,7 @@ class Trainer:
         keep_freed_memory()
         self.config, self.processes, env, seed = config, processes, config.env, config.run.seed
         self.device = choose_device(config.run.device, processes)
-        self.num_threads = config.run.num_threads or cores_for(processes)
+        self.gauge = ThreadGauge(config.run.num_threads, cores_for(processes), self.device)
         self.autocast = make_autocast(self.device, config.run.bf16)
         torch.manual_seed(seed)
         self.generator = torch.Generator().manual_seed(processes.seed(seed))  # for shuffles, and play before training
@@ -310,9 +310,8 @@ class Trainer:
         else:
             self.frames = torch.from_numpy(self.envs.reset()[0])
             self._calibrate()
-        newest = self.frames.chunk(env.frame_stack, dim=1)[-1].to(self.device)
         with self.autocast:
-            example_store = self.policy.preprocess(newest)
+            example_store = self.policy.preprocess(self.frames.chunk(env.frame_stack, dim=1)[-1].to(self.device))
         example_actions = torch.from_numpy(np.zeros(self.envs.action_space.shape, self.envs.action_space.dtype))
         self.rollout = Rollout.empty(config.ppo.num_steps, env.frame_stack, example_store, example_actions)
         self.ddp_policy = processes.parallel(self.policy, self.rollout[torch.zeros(1, dtype=torch.int64)])
@@ -343,12 +342,12 @@ class Trainer:
             group["lr"] = learning_rate * group["lr_scale"]
         torch.set_num_threads(1)  # while the workers have the cores
         self.frames, stats = collect(self.envs, self.policy, self.rollout, self.frames, ppo.reward_scale, self.autocast)
-        torch.set_num_threads(self.num_threads)
         collect_end = time.perf_counter()
-        compute_advantages(self.rollout, ppo.gamma, ppo.gae_lambda)
-        self.weights_match_snapshot = False
-        learning = update(self.ddp_policy, self.optimizer, self.rollout, ppo, entropy_coef, self.autocast,
-                          self.generator, self.processes)
+        with self.gauge.measured():
+            compute_advantages(self.rollout, ppo.gamma, ppo.gae_lambda)
+            self.weights_match_snapshot = False
+            learning = update(self.ddp_policy, self.optimizer, self.rollout, ppo, entropy_coef, self.autocast,
+                              self.generator, self.processes)
         end = time.perf_counter()
 
         gathered = self.processes.all_gather_object(stats)
@@ -380,6 +379,7 @@ class Trainer:
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [],
             "landers": [[episodes, list(actions)] for episodes, actions in self.envs.state],
+            "num_threads": self.gauge.num_threads,
         }
         shared = {"counters": dict(self.counters), "recent": list(self.recent)}
         if self.processes.size > 1 and self.processes.rank == 0:
@@ -394,10 +394,12 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.counters |= {key: state["counters"][key] for key in self.counters}
         self.recent.extend(state["recent"])
-        self._restore_landers([state, *state.get("peers", [])][self.processes.rank])
+        own = [state, *state.get("peers", [])][self.processes.rank]
+        self._restore_envs(own)
+        self.gauge.restore(own)
 
-    def _restore_landers(self, snapshot):
-        """Put landers and random numbers where they were at `snapshot`."""
+    def _restore_envs(self, snapshot):
+        """Put environments and random numbers where they were at `snapshot`."""
         self.frames = torch.from_numpy(self.envs.restore(snapshot["landers"]))
         self.generator.set_state(snapshot["generator"])
         torch.set_rng_state(snapshot["torch_rng"])
@@ -408,7 +410,7 @@ class Trainer:
         """New workers for failed ones. A rollout changes no weights, so `snapshot`, from before it, is enough."""
         self.envs.close()
         self.envs = self._make_envs()
-        self._restore_landers(snapshot)
+        self._restore_envs(snapshot)
 
     def close(self):
         self.envs.close()

@@ -150,7 +150,7 @@ def main():
         inference = partial(
             collect, canned, trainer.policy, trainer.rollout, frames, ppo.reward_scale, trainer.autocast)
         inferred = 1 / rate(inference, seconds)
-        torch.set_num_threads(trainer.num_threads)
+        torch.set_num_threads(trainer.gauge.num_threads)
         compute_advantages(trainer.rollout, ppo.gamma, ppo.gae_lambda)
         learn = partial(
             update, trainer.policy, trainer.optimizer, trainer.rollout, ppo, ppo.entropy_coef, trainer.autocast,

@@ -50,7 +50,8 @@ class Run(Strict):
         description="folder under runs/; empty: config file and time of start")
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:(0|[1-9][0-9]?))?)$", description="auto, cpu, cuda or cuda:N")
-    num_threads: int = Field(0, ge=0, le=1024, description="CPU threads of the update; 0: one per core it may use")
+    num_threads: int = Field(
+        0, ge=0, le=1024, description="CPU threads of the update; 0: one per core, or 1 beside other work")
     bf16: bool | None = Field(None, description="bfloat16 autocast in the network; null: where hardware computes it")
 
 

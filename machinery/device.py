@@ -3,7 +3,8 @@
 import ctypes
 import math
 import os
-from contextlib import suppress
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -34,6 +35,39 @@ def cores_for(processes, cgroups="/sys/fs/cgroup", membership="/proc/self/cgroup
     if pins and cores < processes.local_size and processes.rank == 0:
         print(f"torchrun has {cores} core(s) for {processes.local_size} processes: {pins[0]} pins it; unset {pins[0]}")
     return max(math.ceil(min(cores, cpu_quota(cgroups, membership))) // processes.local_size, 1)
+
+
+class ThreadGauge:
+    """Tells when the threads of an update should be one, because other work has the cores.
+
+    Threads of one small computation wait for each other thousands of times in an update. Beside other busy processes
+    each wait may cost a turn at the scheduler, so that all of them together get less than what one alone would.
+    """
+
+    LEAST = 1.2  # cores' worth of time; on two quiet cores two threads get 1.6, and one alone gets up to 1
+    LONG = 3  # updates in a row
+
+    def __init__(self, chosen, cores, device):
+        """chosen: run.num_threads; 0: one per core, until other work takes the cores. On a GPU they matter little."""
+        self.num_threads, self.starved = chosen or cores, 0
+        self.fixed = chosen > 0 or device.type != "cpu"
+
+    def restore(self, snapshot):
+        """Go on with as many threads as a run had at a Trainer.snapshot."""
+        if not self.fixed:
+            self.num_threads = min(self.num_threads, snapshot.get("num_threads", self.num_threads))
+
+    @contextmanager
+    def measured(self):
+        """The block is an update. Afterwards num_threads is what the next one should use: as before, or 1 for good."""
+        torch.set_num_threads(self.num_threads)
+        wall, cpu = time.perf_counter(), time.process_time()  # the latter of all threads of this process
+        yield
+        if self.num_threads > 1 and not self.fixed:
+            got = (time.process_time() - cpu) / (time.perf_counter() - wall)
+            self.starved = self.starved + 1 if got < self.LEAST else 0
+            if self.starved == self.LONG:
+                self.num_threads = 1
 
 
 def cpu_quota(cgroups, membership):

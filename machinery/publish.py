@@ -22,7 +22,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from evaluate import play
-from machinery.checkpoint import POLICY_FILE, load_checkpoint, load_policy
+from machinery.checkpoint import POLICY_FILE, load_checkpoint, load_policy, save_config
 from machinery.config import load_config
 from machinery.errors import UserError, one_line
 from machinery.run_folder import is_finished
@@ -164,6 +164,7 @@ def publish(run, name):
     shutil.copy(run / "checkpoints" / POLICY_FILE, folder)
     for file in FILES:
         shutil.copy(run / file, folder)
+    save_config(load_config(run / "config.yaml"), folder / "config.yaml")  # an old one may hold a password
     return folder
 
 

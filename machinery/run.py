@@ -137,7 +137,8 @@ class Run:
     def recording(self, trainer):
         """metrics.csv and MLflow are open; at the end the MLflow run says how it ended."""
         self.trainer = trainer
-        many, count = self.processes.size > 1, trainer.num_threads
+        many, count = self.processes.size > 1, trainer.gauge.num_threads
+        self.num_threads = count
         threads = f"{self.processes.size} processes of {count}" if many else count
         self.watch.deferred = True  # a run that MLflow has begun is to be ended there
         first = self.processes.rank == 0
@@ -249,6 +250,10 @@ class Run:
                 self._draw_curves(say)
             for sentence in self.diagnostics.watch(metrics):
                 say(sentence)
+            if self.trainer.gauge.num_threads < self.num_threads:
+                self.num_threads = self.trainer.gauge.num_threads
+                say("other work has the cores, and several threads lose their time waiting for each other: updates "
+                    "go on with 1 thread; a resumed run has as many as run.num_threads says")
         self.progress.show(frames, metrics, self.counters["seconds"])
 
     def film_milestones(self, metrics):

@@ -23,7 +23,7 @@ from machinery.processes import SINGLE_PROCESS, Processes
 from machinery.run_folder import start_run
 from machinery.tracking import Tracker, TrackingError, lost_artifacts, with_store
 from machinery.workers import unpinned_cores
-from runs import BARE, CONFIG, HELD, ROOT, TINY, begun, command, go, only_run, rows, start, wait_until_held
+from runs import BARE, CONFIG, HELD, ROOT, TINY, begun, command, go, only_run, rows, run, start, wait_until_held
 
 
 def test_a_schedulers_warning_ends_a_run_in_order(tmp_path):
@@ -304,3 +304,20 @@ def test_a_user_without_a_name_and_a_home_trains_but_not_into_somebody_elses_sto
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
     assert "MLflow store sqlite:///mlflow.db cannot be used: attempt to write a readonly database" in line
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core has no second thread to lose")
+def test_beside_other_work_an_update_goes_on_with_one_thread_and_keeps_to_it(tmp_path):
+    words = [*(word for word in TINY if not word.startswith("run.num_threads")), *BARE, "run.name=x"]
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
+    try:
+        done = run(tmp_path, "--config", CONFIG, *words)
+    finally:
+        for process in busy:
+            process.kill()
+    count = len(os.sched_getaffinity(0))
+    assert f"{count} threads" in done.stdout
+    assert done.stdout.count("updates go on with 1 thread") == 1
+    for choice, told in ([], "1 thread"), (["run.num_threads=2"], "2 threads"):
+        again = run(tmp_path, "--resume", "runs/x", *choice, f"ppo.total_frames={4000 + 1000 * len(choice)}")
+        assert f" {told}\n" in again.stdout
