@@ -172,8 +172,9 @@ class RenderedLander(RenderedEnv):
         blows = 0.0 if any(leg.ground_contact for leg in lander.legs) else 1.0
         wind = blows * gust(lander.wind_idx) * lander.wind_power
         turbulence = blows * gust(lander.torque_idx) * lander.turbulence_power
-        arrows = "→" if wind > 0 else "←" if wind else "", "↺" if turbulence > 0 else "↻" if turbulence else ""
-        return f"{words}, wind {abs(wind):.1f} {arrows[0]} turbulence {abs(turbulence):.1f} {arrows[1]}"
+        arrow = "" if wind == 0 else " →" if wind > 0 else " ←"
+        turn = "" if turbulence == 0 else " ↺" if turbulence > 0 else " ↻"
+        return f"{words}, wind {abs(wind):.1f}{arrow}, turbulence {abs(turbulence):.1f}{turn}"
 
 
 class Lander(RenderedLander):

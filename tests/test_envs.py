@@ -1,5 +1,6 @@
 """The frames we draw are the frames of gymnasium's own renderer, bit for bit."""
 
+import math
 import multiprocessing
 import os
 import signal
@@ -560,3 +561,23 @@ def test_a_trainer_that_dies_while_its_workers_begin_leaves_none():
     process.kill()
     process.wait()
     assert psutil.wait_procs(workers, timeout=20)[1] == []
+
+
+def test_a_viewer_is_told_the_wind_that_the_next_step_applies():
+    lander = RenderedLander(1, 1, 8, False, enable_wind=True, wind_power=20.0, turbulence_power=2.0)
+    lander.reset(3)
+    game, told = lander.lander, set()
+    for index in range(0, 400, 7):
+        game.wind_idx, game.torque_idx = index, 2 * index
+        force = math.tanh(math.sin(0.02 * index) + math.sin(math.pi * 0.01 * index)) * 20
+        torque = math.tanh(math.sin(0.04 * index) + math.sin(math.pi * 0.02 * index)) * 2
+        arrow, turn = " →" if force > 0 else " ←" if force else "", " ↺" if torque > 0 else " ↻" if torque else ""
+        assert lander.conditions() == f"gravity -10.0, wind {abs(force):.1f}{arrow}, turbulence {abs(torque):.1f}{turn}"
+        told |= {arrow, turn}
+    assert told == {"", " →", " ←", " ↺", " ↻"}
+    while not any(leg.ground_contact for leg in game.legs):
+        lander.step(0)
+    assert lander.conditions() == "gravity -10.0, wind 0.0, turbulence 0.0"
+    calm = RenderedLander(1, 1, 8, False, gravity=-5.0)
+    calm.reset(3)
+    assert calm.conditions() == "gravity -5.0"
