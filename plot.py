@@ -28,7 +28,7 @@ from machinery.files import write_atomically
 from task import ENV_ID, solved_mark
 
 NEEDED = (
-    "frames", "rollout/return_mean", "rollout/length_mean", "update/clip_fraction", "update/approx_kl",
+    "frames", "rollout/return_mean", "update/clip_fraction", "update/approx_kl",
     "update/entropy", "update/explained_variance", "eval/return_mean", "speed/total_seconds")
 
 

@@ -124,7 +124,8 @@ def test_a_run_goes_on_with_what_its_file_says_now(tmp_path, monkeypatch):
 def test_reached():
     metrics = {"frames": np.array([1, 2, 3]), "rollout/return_mean": np.array([np.nan, 250, 100]),
                "speed/total_seconds": np.array([5, 6, 7])}
-    assert reached(metrics) == (2, 6)
+    assert reached(metrics, 200) == (2, 6)
+    assert reached(metrics, None) is None
     assert reached(metrics, 300) is None
 
 
