@@ -1,6 +1,7 @@
 """Copies a finished run into results/, as a page that others can judge and use, and renews the README's table.
 
     python -m machinery.publish runs/NAME cnn   # -> results/cnn/
+    python -m machinery.publish runs/NAME cnn --yardstick runs/yardstick-s1     # with what benchmarks/yardstick.py gave
     python -m machinery.publish                 # pages, curves, landings and the table, from what results/ holds
 
 Nothing is typed by hand: every number comes from the run's own metrics.csv, config.yaml, machine.json and reports.
@@ -33,6 +34,7 @@ from task import ENV_ID, EVALUATION_SEED, solved_mark
 HERE = Path(__file__).parent.parent
 CONFIGS = HERE / "configs"
 BEGIN, END = "<!-- results: written by machinery/publish.py -->", "<!-- end of results -->"
+YARDSTICK = "yardstick.json"
 FILES = ("config.yaml", "metrics.csv", "machine.json", "report.json", "report_sampled.json")
 CARD = """# {name}: a mean return of {greedy}
 
@@ -47,7 +49,7 @@ CARD = """# {name}: a mean return of {greedy}
 | mean training return of 100 episodes over {solved:g} | {hit} |
 | greedy, 100 unseen seeds | {greedy}, {landed}{solved_rate:.0%} with {solved:g} or more |
 | sampled, the same seeds | {sampled} |
-| commit | {commit} |
+{yardstick}| commit | {commit} |
 | parameters | {parameters:,} |
 | multiply-adds per decision | {multiply_adds:,} |
 
@@ -149,10 +151,20 @@ def facts(folder, name=None):
         "machine": machine["machine"], "commit": machine["git_commit"],
         "greedy": score(report), "sampled": score(sampled),
         "landed": f"{report['landed_rate']:.0%} landed, " if "landed_rate" in report else "",
-        "solved_rate": report["solved_rate"],
+        "solved_rate": report["solved_rate"], "yardstick": yardstick(folder),
         "parameters": sum(p.numel() for p in policy.parameters()),
         "multiply_adds": multiply_adds(policy, config.ppo.segment_length),
     }
+
+
+def yardstick(folder):
+    """The row of a card that says what the same PPO reached with state vectors, if that was measured."""
+    file = folder / YARDSTICK
+    if not file.exists():
+        return ""
+    report = read_json(file, "policy", "return_mean", "return_ci95")
+    landed = f", {report['landed_rate']:.0%} landed" if "landed_rate" in report else ""
+    return f"| the same PPO on the {report['policy']}, greedy, the same seeds | {score(report)}{landed} |\n"
 
 
 def publish(run, name):
@@ -196,17 +208,17 @@ def write_pages():
 
 def table():
     """The results table in Markdown."""
-    found = [facts(report.parent) for report in sorted((HERE / "results").glob("*/report.json"))]
+    found = [facts(report.parent) for report in (HERE / "results").glob("*/report.json")]
+    found.sort(key=lambda row: (row["id"] != ENV_ID, row["name"]))
     others = {f"{row['id']} {row['solved']:g}": 0 for row in found if row["id"] != ENV_ID}
     mark = f"{solved_mark(ENV_ID):g}" + (f" ({', '.join(others)})" if others else "")
     rows = [
-        f"| config | parameters | multiply-adds per decision | to a mean training return of {mark} | trained for | "
-        "greedy, 100 unseen seeds | sampled | landed |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+        f"| config | parameters | to a mean training return of {mark} | trained for | greedy, 100 unseen seeds | "
+        "sampled | landed |",
+        "| --- | --- | --- | --- | --- | --- | --- |"]
     for row in found:
         rows.append(
-            f"| [{row['name']}](results/{row['name']}) | {row['parameters'] / 1e6:.2f} M | "
-            f"{row['multiply_adds'] / 1e6:.1f} M | {row['hit']} | "
+            f"| [{row['name']}](results/{row['name']}) | {row['parameters'] / 1e6:.2f} M | {row['hit']} | "
             f"{row['frames'] / 1e6:.1f} M frames, {row['minutes']:.0f} min | **{row['greedy']}** | {row['sampled']} | "
             f"{row['landed'].partition(' ')[0] or '-'} |")
     return "\n".join(rows)
@@ -216,10 +228,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", help="runs/NAME, finished")
     parser.add_argument("name", nargs="?", help="folder under results/, named as its config file")
+    parser.add_argument("--yardstick", type=Path, help="a run of benchmarks/yardstick.py in the same environment")
     args = parser.parse_args(argv)
     with one_line("publish.py"):
         if args.run:
             folders = [publish(args.run, args.name or Path(args.run).name)]
+            if args.yardstick:
+                shutil.copy(args.yardstick / "report.json", folders[0] / YARDSTICK)
         else:
             folders = [report.parent for report in (HERE / "results").glob("*/report.json")]
         for folder in folders:
