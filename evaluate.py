@@ -4,6 +4,7 @@
     python evaluate.py --checkpoint results/cnn --episodes 100 --seed 1000000 --videos 5
     python evaluate.py --checkpoint runs/NAME --sample --output somewhere
     python evaluate.py --checkpoint results/cnn --episodes 1 --videos 1 --panel   # what goes on inside it
+    python evaluate.py --checkpoint results/cnn --watch                           # live, in a window
     python evaluate.py --checkpoint results/cnn env.enable_wind=true              # in another weather than trained in
     python evaluate.py --checkpoint results/cnn --grid --episodes 20              # in many: a table and a picture
 
@@ -240,12 +241,16 @@ def main(argv=None):
     parser.add_argument("--videos", type=whole(0, 100_000), default=3, help="record this many of the episodes")
     parser.add_argument("--panel", action="store_true", help="beside each video, another with an instrument panel")
     parser.add_argument("--webp", type=Path, metavar="FILE", help="also the first video, or its panel, as moving WebP")
+    parser.add_argument("--watch", action="store_true",
+                        help="show the episodes live in a window, with the instrument panel, and write nothing")
     parser.add_argument("--grid", action="store_true", help="in many winds and gravities: grid.json and grid.png")
     parser.add_argument("--sample", action="store_true", help="sample actions instead of taking the likeliest")
     parser.add_argument("--output", type=Path, help="folder of report.json and videos/; default: in the run's folder")
     parser.add_argument("overrides", nargs="*", metavar="env.key=value",
                         help=f"of {ENV_ID} the weather: {', '.join(CALM)}; of any other environment: options")
     args = parser.parse_intermixed_args(argv)
+    if args.watch and (args.grid or args.webp or args.output or args.videos != parser.get_default("videos")):
+        parser.error("--watch writes nothing: no --videos, --webp, --grid or --output")
     if args.grid and (args.panel or args.webp or args.overrides):
         parser.error("--grid has a weather of its own, and no videos")
     if (args.panel or args.webp) and not args.videos:
@@ -255,6 +260,11 @@ def main(argv=None):
     with one_line("evaluate.py", hint="; --output names another folder"):
         policy, config, file = load_policy(checkpoint)
         config = in_weather(config, args.overrides)
+        if args.watch:
+            from machinery.watch import watch  # and matplotlib with it
+
+            watch(policy, config, play, range(args.seed, args.seed + args.episodes), args.seed if args.sample else None)
+            return
         output = args.output
         if output is None:
             folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent

@@ -75,17 +75,12 @@ class VideoRecorder:
         """`action` was taken on `frames`; `output`: the PolicyOutput of a batch in which that decision is `row`."""
         with self._panel_trouble(index) as film:
             if film:
-                distribution, value = output.distribution, float(output.value[row])
-                numbers = (distribution.mean if env.task.continuous else distribution.probs)[row].cpu().numpy()
-                film.panel.decide(
-                    frames, numbers, value, action, env.episode_return, env.episode_length, env.conditions())
+                film.decide(env, frames, output, row, action)
 
     def end(self, index, env):
         with self._panel_trouble(index) as film:
             if film:
-                outcome = env.task.outcomes[env.outcome()].replace("_", " ")
-                film.panel.end(env.episode_return, env.episode_length, outcome)
-                film.show(None)
+                film.end(env)
         self.films.pop(index, None)
         self._close(index)
 
@@ -136,6 +131,16 @@ class PanelFilm:
         if self.waiting is not None:
             self.send(self.panel.picture(self.waiting))
         self.waiting = None if frame is None else frame.copy()
+
+    def decide(self, env, frames, output, row, action):
+        """As VideoRecorder.decide."""
+        distribution, value = output.distribution, float(output.value[row])
+        numbers = (distribution.mean if env.task.continuous else distribution.probs)[row].cpu().numpy()
+        self.panel.decide(frames, numbers, value, action, env.episode_return, env.episode_length, env.conditions())
+
+    def end(self, env):
+        self.panel.end(env.episode_return, env.episode_length, env.task.outcomes[env.outcome()].replace("_", " "))
+        self.show(None)
 
 
 def write_gif(video, output, width=450, fps=25):
