@@ -70,13 +70,13 @@ class Categorical:
     @property
     def probs(self):
         """float64 (B, A), since NumPy checks that probabilities sum to 1"""
-        return self.logits.double().softmax(-1)
+        return self.logits.cpu().double().softmax(-1)  # a Mac's GPU has no float64
 
     def sample(self, generators=None):
         """int64 (B,). With `generators`, NumPy's, decision b is drawn from generator b, else all from torch's."""
         if generators is None:
             return torch.multinomial(self.log_probs.exp(), 1)[:, 0]
-        rows = self.probs.cpu().numpy()
+        rows = self.probs.numpy()
         drawn = [rng.choice(len(row), p=row / row.sum()) for row, rng in zip(rows, generators, strict=True)]
         return torch.tensor(drawn, device=self.logits.device)
 
@@ -229,13 +229,13 @@ class Glimpse(nn.Module):
         than `threshold` of their range. Raises CalibrationError if none did.
         """
         before, after = before.float() / 255, after.float() / 255
-        moved = (after - before).abs().amax(1).flatten() > threshold  # (B * H * W,)
-        pixels = after.permute(0, 2, 3, 1).reshape(-1, 3).double()
+        moved = ((after - before).abs().amax(1).flatten() > threshold).cpu()  # (B * H * W,)
+        pixels = after.permute(0, 2, 3, 1).reshape(-1, 3).cpu().double()  # not every GPU has float64
         if not moved.any():
             raise CalibrationError(
                 "nothing moves in the first frames of random play, so there is nothing to learn to look at; a larger "
                 "env.num_envs or env.frame_skip, or a smaller env.shrink_factor, shows more")
-        covariance = torch.cov(pixels.T) + 1e-4 * torch.eye(3, dtype=torch.float64, device=pixels.device)
+        covariance = torch.cov(pixels.T) + 1e-4 * torch.eye(3, dtype=torch.float64)
         direction = torch.linalg.solve(covariance, pixels[moved].mean(0) - pixels.mean(0))
         self.direction.copy_(direction / direction.norm())
 

@@ -43,7 +43,7 @@ from torch import nn
 from envs import env_class, make_vector_env
 from evaluate import evaluate, play
 from machinery.checkpoint import build_policy, load_weights
-from machinery.device import ThreadGauge, choose_device, cores_for, keep_freed_memory, make_autocast
+from machinery.device import open_device, rng_state, set_rng_state
 from machinery.errors import one_line
 from machinery.processes import SINGLE_PROCESS, Processes
 from machinery.run import open_run
@@ -286,11 +286,8 @@ class Trainer:
 
     def __init__(self, config, state=None, processes=SINGLE_PROCESS):
         """state: a checkpoint, as machinery.run_folder.resume_run gives it, to go on from."""
-        keep_freed_memory()
         self.config, self.processes, env, seed = config, processes, config.env, config.run.seed
-        self.device = choose_device(config.run.device, processes)
-        self.gauge = ThreadGauge(config.run.num_threads, cores_for(processes), self.device)
-        self.autocast = make_autocast(self.device, config.run.bf16)
+        self.device, self.gauge, self.autocast = open_device(config.run, processes)
         torch.manual_seed(seed)
         self.generator = torch.Generator().manual_seed(processes.seed(seed))  # for shuffles, and play before training
         self.policy = build_policy(config)
@@ -377,7 +374,7 @@ class Trainer:
         own = {
             "generator": self.generator.get_state(),
             "torch_rng": torch.get_rng_state(),
-            "cuda_rng": [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [],
+            "cuda_rng": rng_state(self.device),
             "landers": [[episodes, list(actions)] for episodes, actions in self.envs.state],
             "num_threads": self.gauge.num_threads,
         }
@@ -403,8 +400,7 @@ class Trainer:
         self.frames = torch.from_numpy(self.envs.restore(snapshot["landers"]))
         self.generator.set_state(snapshot["generator"])
         torch.set_rng_state(snapshot["torch_rng"])
-        if snapshot["cuda_rng"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state(snapshot["cuda_rng"][0], self.device)
+        set_rng_state(self.device, snapshot["cuda_rng"])
 
     def restart_workers(self, snapshot):
         """New workers for failed ones. A rollout changes no weights, so `snapshot`, from before it, is enough."""

@@ -4,5 +4,11 @@ config, checkpoint, run, files, signals     a run: its settings, its files, its 
 processes, device                           many processes that learn as one; GPU, threads, bfloat16, memory
 workers                                     the processes that play: none outlives the trainer, what fails is named
 tracking, terminal, diagnostics             metrics.csv and MLflow; the live line; what curves that go wrong mean
+outbox, mlflow_model, policy_model, flight  what is sent to MLflow: scored policies, the best one to be loaded anywhere
 video, panel, drawing, publish              landings filmed, with a policy's instruments; pages under results/
 """
+
+import sys
+
+if sys.platform == "win32":  # before anything is imported that fails there
+    sys.exit("Windows lacks some of what this program needs; it runs in the Windows Subsystem for Linux (WSL)")

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import signal
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,7 +50,7 @@ class Run(Strict):
         "", pattern=r"^([\w-][\w.-]*)?$", max_length=100,
         description="folder under runs/; empty: config file and time of start")
     device: str = Field(
-        "auto", pattern=r"^(auto|cpu|cuda(:(0|[1-9][0-9]?))?)$", description="auto, cpu, cuda or cuda:N")
+        "auto", pattern=r"^(auto|cpu|mps|cuda(:(0|[1-9][0-9]?))?)$", description="auto, cpu, cuda, cuda:N or mps")
     num_threads: int = Field(
         0, ge=0, le=1024, description="CPU threads of the update; 0: one per core, or 1 beside other work")
     bf16: bool | None = Field(None, description="bfloat16 autocast in the network; null: where hardware computes it")
@@ -174,12 +175,19 @@ class Evaluation(Strict):
     videos: int = Field(3, ge=0, description="landing videos recorded at the end")
 
 
+# pydantic's classes have a `register` of their own, which nobody needs here.
+warnings.filterwarnings("ignore", 'Field name "register" in "Tracking"', UserWarning)
+
+
 class Tracking(Strict):
     mlflow: bool = Field(True, description="log to MLflow; metrics.csv is written in any case")
     uri: str = Field(
         "", description="MLflow store; empty: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db, which `mlflow ui` opens")
     experiment: str = Field("", description="MLflow experiment; empty: MLFLOW_EXPERIMENT_NAME, else lunar-lander")
     parent: str = Field("", pattern=r"^\w*$", description="id of an MLflow run to be a child of; empty: none")
+    register: str = Field(
+        "", pattern=r"^[\w -]*$", max_length=100,
+        description="registered model of which the best policy becomes a version, `champion` if it is; empty: none")
     checkpoint_interval: Positive = Field(100_000, description="frames between checkpoints")
     keep: Positive = Field(2, description="newest checkpoints kept, besides the best")
     progress: bool = Field(True, description="show how training goes; false: only trouble and final scores")
@@ -220,6 +228,14 @@ class Config(Strict):
             raise PydanticCustomError(
                 "conflict", f"ppo.num_minibatches={parts} leaves minibatches of one decision, whose advantages "
                 f"cannot be normalised; at most {batch // 2}")
+        return self
+
+    @model_validator(mode="after")
+    def _registered_with_a_score(self):
+        if self.tracking.register and not (self.tracking.mlflow and self.evaluation.episodes):
+            raise PydanticCustomError(
+                "conflict", f"tracking.register={self.tracking.register} needs tracking.mlflow=true, and "
+                "evaluation.episodes of 1 or more, whose score decides who is champion")
         return self
 
     @model_validator(mode="after")

@@ -13,9 +13,23 @@ from machinery.errors import UserError
 from machinery.workers import unpinned_cores
 
 
+def open_device(settings, processes):
+    """(torch.device, ThreadGauge, autocast) of a config's `run` section, for this one of many processes."""
+    keep_freed_memory()
+    device = choose_device(settings.device, processes)
+    gauge = ThreadGauge(settings.num_threads, cores_for(processes), device)
+    return device, gauge, make_autocast(device, settings.bf16)
+
+
 def choose_device(name, processes):
     """The torch.device of run.device=`name`; of many processes each takes the GPU of its own number."""
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(best if name == "auto" else name)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"run.device={name}: torch has no Metal here, which is the GPU of a Mac with Apple silicon; "
+                        "run.device=auto takes what there is")
+    if device.type == "mps" and processes.size > 1:
+        raise UserError("run.device=mps: it is one GPU, and many processes need one each; run.device=cpu")
     if device.type == "cuda" and processes.size > 1:
         if device.index is not None:
             raise UserError(f"run.device={name}: many processes need a GPU each; run.device=cuda gives it")
@@ -35,6 +49,22 @@ def cores_for(processes, cgroups="/sys/fs/cgroup", membership="/proc/self/cgroup
     if pins and cores < processes.local_size and processes.rank == 0:
         print(f"torchrun has {cores} core(s) for {processes.local_size} processes: {pins[0]} pins it; unset {pins[0]}")
     return max(math.ceil(min(cores, cpu_quota(cgroups, membership))) // processes.local_size, 1)
+
+
+def rng_state(device):
+    """States of the random numbers that `device` draws itself, uint8 tensors: one of a GPU, none of the CPU."""
+    if device.type == "mps":
+        return [torch.mps.get_rng_state()]
+    return [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+
+
+def set_rng_state(device, states):
+    """Put back what rng_state gave; states of another kind of device are left alone."""
+    for state in states:
+        if device.type == "mps":
+            torch.mps.set_rng_state(state)
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state, device)
 
 
 class ThreadGauge:

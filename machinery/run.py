@@ -32,6 +32,7 @@ from machinery.config import masked
 from machinery.diagnostics import Diagnostics
 from machinery.errors import UserError
 from machinery.files import write_atomically
+from machinery.flight import FlightRecorder
 from machinery.processes import launcher
 from machinery.run_folder import is_finished, start_run
 from machinery.signals import Interrupted, SignalWatch
@@ -224,7 +225,8 @@ class Run:
         if frames >= counters["next_evaluation"]:  # at the end it may not be
             counters["next_evaluation"] += settings.interval
         seeds = range(SELECTION_SEED, SELECTION_SEED + settings.selection_episodes)
-        returns, _, outcomes = self.play(policy, self.config.env, seeds)
+        self.flight = FlightRecorder()
+        returns, _, outcomes = self.play(policy, self.config.env, seeds, recorder=self.flight)
         metrics["eval/return_mean"] = float(returns.mean())
         metrics |= {} if task.landed is None else {"eval/landed_rate": float((outcomes == task.landed).mean())}
         if counters["best"] is None or returns.mean() > counters["best"]:
@@ -248,6 +250,7 @@ class Run:
             self.tracker.log(metrics | {"speed/total_seconds": self.counters["seconds"]}, frames)
             if not math.isnan(metrics["eval/return_mean"]):
                 self._draw_curves(say)
+                self.tracker.score(metrics, frames, self.flight)
             for sentence in self.diagnostics.watch(metrics):
                 say(sentence)
             if self.trainer.gauge.num_threads < self.num_threads:
@@ -268,7 +271,7 @@ class Run:
         counters["milestones"] = [*counters["milestones"], *new]  # a new list: the old one may be part of a snapshot
         if not new or not self.config.evaluation.videos:
             return []
-        name = f"{self.trainer.counters['env_frames'] / 1e6:.2f}M-{new[-1]}"
+        name = f"{self.trainer.counters['env_frames'] / 1e6:06.2f}M-{new[-1]}"  # names that sort
         with VideoRecorder(self.folder / "videos", 1, SELECTION_SEED, name) as recorder:
             self.play(
                 self.trainer.policy, self.config.env, [SELECTION_SEED], rendered=True, recorder=recorder)
@@ -343,16 +346,19 @@ class Run:
         self._draw_curves(print)
         for name in ("config.yaml", "metrics.csv"):
             self.tracker.artifact(folder / name)
-        self.tracker.artifact(folder / "checkpoints" / POLICY_FILE, "checkpoints")
+        best = folder / "checkpoints" / POLICY_FILE
+        self.tracker.artifact(best, "checkpoints")
         if not settings.episodes:
+            self.tracker.best(best, [])
             return
-        policy = load_policy(folder)[0].to(self.trainer.device)
+        policy, reports = load_policy(folder)[0].to(self.trainer.device), []
         for sample, name, videos in ((False, "report.json", settings.videos), (True, "report_sampled.json", 0)):
-            self.evaluate(
+            reports.append(self.evaluate(
                 policy, config, folder, folder, settings.episodes, videos=videos, sample=sample, report_name=name,
-                video_name="best-seed-{seed}")
+                video_name="best-seed-{seed}"))
             self.tracker.artifact(folder / name)
         self.tracker.artifact(folder / "videos", "videos")
+        self.tracker.best(best, reports)
         print(f"  written  {folder}/report.json, report_sampled.json, curves.png and videos/")
 
     def _mark_scored(self):

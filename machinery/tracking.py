@@ -14,25 +14,26 @@ import platform
 import subprocess
 import sys
 import threading
-import time
-from collections import deque
 from concurrent.futures import Future
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import psutil
-import torch
-
+from machinery.checkpoint import trained_frames
 from machinery.config import MASK, masked
-from machinery.errors import UserError, first_line
+from machinery.errors import UserError
 from machinery.files import locked, sync, write_atomically
+from machinery.mlflow_model import add_files, log_final_scores, log_lacking_scores, log_score, register
+from machinery.outbox import Queue, Sender, cause, send_file
 
 # MLflow reads these when it is imported; its default of 7 retries would take minutes to notice a dead server.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+# What it says while a model is packed would stand in the middle of the live line.
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 try:
     Path.home()
@@ -44,6 +45,7 @@ PACKAGES = (  # one of the two Box2D packages, whichever gymnasium asked for
     "torch", "torchvision", "gymnasium", "box2d", "box2d-py", "pygame-ce", "opencv-python-headless", "numpy", "mlflow")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 STORE, EXPERIMENT = "sqlite:///mlflow.db", "lunar-lander"  # where neither the config nor MLflow's variables name one
+KIND = "mlflow.experimentKind"  # tag that tells MLflow's interface which pages to show: those of training
 TIMEOUT = 90  # seconds for a store to answer: it makes a new store's tables in 6 s, on a busy machine in 30 s
 
 
@@ -74,34 +76,6 @@ def git_commit(root):
     except OSError:  # no git on this machine
         return "unknown"
     return git.stdout.strip() or "unknown"
-
-
-class Queue:
-    """Rows on their way to the disk and to MLflow, oldest first, with a cursor for each of these takers.
-
-    A row leaves memory once all takers have it.
-    """
-
-    def __init__(self, *takers):
-        self.rows, self.lock = [], threading.Lock()
-        self.taken = dict.fromkeys(takers, 0)  # {taker: how many of `rows` it has}
-
-    def put(self, row):
-        with self.lock:
-            self.rows.append((int(1000 * time.time()), row))
-
-    def waiting(self, taker):
-        """The rows that `taker` lacks: a list of (milliseconds of the Unix clock, row)."""
-        with self.lock:
-            return self.rows[self.taken[taker]:]
-
-    def took(self, taker, count):
-        """`taker` has the next `count` rows."""
-        with self.lock:
-            self.taken[taker] += count
-            done = min(self.taken.values())
-            del self.rows[:done]
-            self.taken = {taker: taken - done for taker, taken in self.taken.items()}
 
 
 class Metrics:
@@ -165,117 +139,6 @@ class Metrics:
         self.queue.took("disk", len(rows))
 
 
-class Load:
-    """The load of the machine, under the names that MLflow gives it."""
-
-    def __init__(self):
-        self.network = None  # the counters at the first reading; traffic is counted from there
-
-    def read(self):
-        """{"system/cpu_utilization_percentage": number, ...}. The processor's share is that since the last reading."""
-        memory, disk, network = psutil.virtual_memory(), psutil.disk_usage(os.sep), psutil.net_io_counters()
-        self.network = self.network or network
-        load = {
-            "cpu_utilization_percentage": psutil.cpu_percent(),
-            "system_memory_usage_megabytes": memory.used / 1e6,
-            "system_memory_usage_percentage": 100 * memory.used / memory.total,
-            "disk_usage_megabytes": disk.used / 1e6,
-            "disk_usage_percentage": disk.percent,
-            "disk_available_megabytes": disk.free / 1e6,
-            "network_receive_megabytes": (network.bytes_recv - self.network.bytes_recv) / 1e6,
-            "network_transmit_megabytes": (network.bytes_sent - self.network.bytes_sent) / 1e6}
-        for gpu in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
-            if torch.cuda.memory_reserved(gpu):  # asking any other GPU would open it, which takes memory there
-                free, total = torch.cuda.mem_get_info(gpu)
-                load[f"gpu_{gpu}_memory_usage_megabytes"] = (total - free) / 1e6
-                load[f"gpu_{gpu}_memory_usage_percentage"] = 100 * (total - free) / total
-                with suppress(Exception):  # it needs NVIDIA's package nvidia-ml-py
-                    load[f"gpu_{gpu}_utilization_percentage"] = torch.cuda.utilization(gpu)
-        return {f"system/{key}": round(value, 1) for key, value in load.items()}
-
-
-class Sender(threading.Thread):
-    """Sends rows and files to MLflow beside the training; both are kept until the store takes them.
-
-    `there`: the frames of updates that MLflow already has. A killed run may have sent updates that are done again now.
-    """
-
-    def __init__(self, client, run_id, queue, there=(), interval=5.0):
-        super().__init__(daemon=True)
-        self.client, self.run_id, self.queue, self.there, self.interval = client, run_id, queue, there, interval
-        self.files = deque()  # (path, folder in the run's artifacts); a file that is refused holds up no row
-        self.trouble, self.file_trouble = False, False
-        self.ended, self.given_up = threading.Event(), threading.Event()
-
-    def run(self):
-        machine, load = Load(), {}
-        with suppress(Exception):
-            machine.read()  # the next reading counts from here
-        while True:
-            ended = self.ended.wait(self.interval)
-            with suppress(Exception):  # a machine whose load cannot be read trains all the same
-                load = machine.read()
-            done = self.send(load) and self.send_files()
-            if ended and (done or self.given_up.wait(1)):
-                return
-
-    def send(self, load):
-        """Send the rows that wait, oldest first, and `load` with the newest; False if the store did not take them."""
-        from mlflow.entities import Metric
-
-        while waiting := self.queue.waiting("MLflow"):
-            rows = waiting[:25]  # MLflow takes 1,000 metrics a call
-            try:
-                metrics = [
-                    Metric(key, float(value), milliseconds, row["frames"])
-                    for milliseconds, row in rows if row["frames"] not in self.there
-                    for key, value in row.items() if key != "frames" and not math.isnan(value)]
-                if len(rows) == len(waiting):
-                    milliseconds, newest = rows[-1]
-                    metrics += [Metric(key, value, milliseconds, newest["frames"]) for key, value in load.items()]
-                self.client.log_batch(self.run_id, metrics)
-            except Exception as error:  # whatever the store raises, training must not notice
-                if not self.trouble:
-                    print(f"MLflow: {cause(error)}; training goes on, and metrics are kept to be sent later",
-                          file=sys.stderr)
-                self.trouble = True
-                return False
-            self.queue.took("MLflow", len(rows))
-            if self.trouble:
-                print("MLflow answers again; the kept metrics are sent", file=sys.stderr)
-            self.trouble = False
-        return True
-
-    def send_files(self):
-        """Send the files that wait, oldest first; False if the store did not take them."""
-        while self.files and not self.trouble:
-            path, folder = self.files[0]
-            try:
-                if path.exists():
-                    send = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
-                    send(self.run_id, str(path), folder)
-            except Exception as error:
-                if not self.file_trouble:
-                    print(f"MLflow: {path.name}: {cause(error)}; training goes on", file=sys.stderr)
-                self.file_trouble = True
-                return False
-            self.files.popleft()
-        return not self.files
-
-    def close(self, timeout=30.0):
-        """Wait until all is sent, or nothing gets through for `timeout` seconds. Returns (updates, files) left."""
-        self.ended.set()
-        left, before = self.left(), None
-        while self.is_alive() and left != before:
-            self.join(timeout)
-            left, before = self.left(), left
-        self.given_up.set()
-        return left
-
-    def left(self):
-        return len(self.queue.waiting("MLflow")), len(self.files)
-
-
 def with_store(settings):
     """A config's `tracking` whose store and experiment are MLflow's own variables, or the defaults, if it names none.
 
@@ -325,19 +188,24 @@ def connect(settings, folder):
 
 def experiment_id(client, name):
     """The id of the experiment of that name, which is made where it is missing; without a name, MLFLOW_EXPERIMENT_ID's.
+
+    Unless somebody has chosen another, it gets the kind whose pages are those of model training.
     """
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name) if name else client.get_experiment(os.environ["MLFLOW_EXPERIMENT_ID"])
     if not found:
         try:
-            return client.create_experiment(name)
+            return client.create_experiment(name, tags={KIND: "custom_model_development"})
         except MlflowException:  # somebody else has made it meanwhile
             found = client.get_experiment_by_name(name)
             if not found:
                 raise
     if found.lifecycle_stage != "active":
         raise MlflowException(f"experiment {found.name!r} is deleted; choose another tracking.experiment or restore it")
+    if found.tags.get(KIND, "no_inferred_type").endswith(("_inferred", "no_inferred_type")):  # the interface's guesses
+        with suppress(MlflowException):  # not everybody may change an experiment
+            client.set_experiment_tag(found.experiment_id, KIND, "custom_model_development")
     return found.experiment_id
 
 
@@ -397,9 +265,9 @@ def store_error(settings, error):
         f"MLflow store {uri} cannot be used: {cause(error)}; tracking.mlflow=false trains without it")
 
 
-def cause(error):
-    """The first line of an exception that MLflow raised, without credentials."""
-    return masked(first_line(error))
+def _scores(metrics):
+    """The greedy score among an update's metrics."""
+    return {key: metrics[key] for key in ("eval/return_mean", "eval/landed_rate") if key in metrics}
 
 
 class Tracker:
@@ -407,13 +275,14 @@ class Tracker:
 
     def __init__(self, config, run_folder, threads, run_id=None):
         self.folder, self.settings, self.tags = Path(run_folder), with_store(config.tracking), machine_tags(threads)
+        self.config = config
         self.queue = Queue("disk", "MLflow") if self.settings.mlflow else Queue("disk")
         self.metrics = Metrics(self.folder / "metrics.csv", self.queue)
         self._tell_differences()
         self.client, self.run_id, self.sender, self.told = None, run_id, None, set()
         self.keeps_files = False  # whether MLflow gets the run's files
         if self.settings.mlflow:
-            self._start_mlflow(config)
+            self._start_mlflow()
 
     def _tell_differences(self):
         """A run is repeated bit for bit only by the same code, packages, machine and number of threads."""
@@ -427,7 +296,7 @@ class Tracker:
             print(f"this run began elsewhere, so it goes on well but not bit for bit: {'; '.join(changed)}")
         write_atomically(file, (json.dumps(self.tags, indent=2) + "\n").encode())
 
-    def _start_mlflow(self, config):
+    def _start_mlflow(self):
         from mlflow.entities import Param, RunTag
 
         self.client, experiment = connect(self.settings, self.folder.parent)
@@ -436,7 +305,7 @@ class Tracker:
                 tags = self.tags | {"mlflow.runName": self.folder.name, "mlflow.source.name": "train.py"}
                 tags |= {"mlflow.parentRunId": self.settings.parent} if self.settings.parent else {}
                 self.run_id = self.client.create_run(experiment, tags=tags).info.run_id
-                params = [Param(key, masked(str(value))) for key, value in config.flat().items()]
+                params = [Param(key, masked(str(value))) for key, value in self.config.flat().items()]
                 self.client.log_batch(self.run_id, params=params, tags=[RunTag("run_folder", self.folder.name)])
             there = {metric.step for metric in self.client.get_metric_history(self.run_id, "update/entropy")}
             lost = lost_artifacts(self.settings.uri, self.client.get_run(self.run_id).info.artifact_uri)
@@ -448,6 +317,7 @@ class Tracker:
                   f"they are in {self.folder}, and docs/tracking.md says how to mend the store", file=sys.stderr)
         self._fill_gap(there)
         self.sender = Sender(self.client, self.run_id, self.queue, there)
+        self._fill_models()
         self.sender.start()
 
     def _fill_gap(self, there):
@@ -458,6 +328,13 @@ class Tracker:
         self.queue.took("disk", len(lacking))
         if lacking:
             print(f"MLflow lacked {len(lacking)} updates of {self.metrics.path}; they are sent now")
+
+    def _fill_models(self):
+        """Send the scores of metrics.csv for which MLflow has no model, as in `_fill_gap`."""
+        rows = [dict(zip(self.metrics.columns, row, strict=True)) for _, row in self.metrics.rows()]
+        scores = {row["frames"]: _scores(row) for row in rows if not math.isnan(row.get("eval/return_mean", math.nan))}
+        if scores:
+            self.sender.jobs["models"].append(("scores before", log_lacking_scores, self.config, scores))
 
     def _reopen(self):
         """Go on with the MLflow run of a resumed training; False if it is no longer there."""
@@ -485,8 +362,34 @@ class Tracker:
 
     def artifact(self, path, folder=None):
         """Send a file, or what is in a folder, beside the training, to `folder` among the run's artifacts."""
-        if self.keeps_files and (Path(path), folder) not in list(self.sender.files):  # a copy: the sender takes from it
-            self.sender.files.append((Path(path), folder))
+        path = Path(path)
+        job, jobs = (path.name, send_file, path, folder), self.sender.jobs["files"] if self.keeps_files else None
+        if jobs is not None and job not in list(jobs):  # a copy: the sender takes from it
+            jobs.append(job)
+
+    def score(self, metrics, frames, flight=None):
+        """The greedy policy of now has a score, eval/... in `metrics`: it becomes a logged model of MLflow.
+
+        flight: a FlightRecorder of one of its episodes; MLflow shows the pictures of a run one after another.
+        """
+        if self.sender:
+            self.sender.jobs["models"].append((
+                f"score at {frames:,} frames", log_score, self.config, frames, _scores(metrics),
+                flight if self.keeps_files else None))
+
+    def best(self, file, reports):
+        """`file` holds the best policy, and `reports` are those of its final scores: all goes to its model in MLflow.
+
+        The policy becomes one that MLflow can load. With tracking.register it also becomes a version in the registry.
+        """
+        if not self.sender:
+            return
+        config, frames, jobs = self.config, trained_frames(file), self.sender.jobs["models"]
+        jobs.append(("final scores", log_final_scores, config, frames, reports))
+        if self.keeps_files:
+            jobs.append(("best policy", add_files, config, frames, file))
+            if self.settings.register:
+                jobs.append(("registry", register, config, frames, reports[0]["return_mean"]))
 
     def _try(self, what, call, *args):
         """Trouble with records never costs training: it is told once of each."""
@@ -506,11 +409,13 @@ class Tracker:
             print(f"{self.metrics.path} lacks the last {len(waiting)} updates", file=sys.stderr)
         if not self.client:
             return
-        updates, files = self.sender.close()
+        updates, files, models = self.sender.close()
         if updates:
             print(f"MLflow lacks the last {updates} updates; {self.metrics.path} has them", file=sys.stderr)
         if files:
             print(f"MLflow lacks {files} files; they are in {self.folder}", file=sys.stderr)
+        if models:
+            print(f"MLflow lacks the last {models} scores or models; {self.folder} has them", file=sys.stderr)
         # An exception that is no Exception, such as KeyboardInterrupt, was the user's wish.
         status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
         self._try("MLflow", self.client.set_terminated, self.run_id, status)

@@ -321,3 +321,58 @@ def test_beside_other_work_an_update_goes_on_with_one_thread_and_keeps_to_it(tmp
     for choice, told in ([], "1 thread"), (["run.num_threads=2"], "2 threads"):
         again = run(tmp_path, "--resume", "runs/x", *choice, f"ppo.total_frames={4000 + 1000 * len(choice)}")
         assert f" {told}\n" in again.stdout
+
+
+MAC = """
+import builtins, ctypes, multiprocessing.popen_spawn_posix, multiprocessing.resource_tracker, os, subprocess, sys
+import numpy, psutil, torch  # they ask for the platform when they are imported
+
+for name in ("sched_getaffinity", "sched_setaffinity", "sched_setscheduler", "sched_param", "SCHED_BATCH"):
+    delattr(os, name)
+sys.platform = "darwin"
+real_open, real_getattr = builtins.open, ctypes.CDLL.__getattr__
+
+
+def no_proc(file, *args, **settings):
+    if str(file).startswith(("/proc", "/sys")) and "psutil" not in sys._getframe(1).f_globals.get("__name__", ""):
+        raise FileNotFoundError(2, "No such file or directory", str(file))
+    return real_open(file, *args, **settings)
+
+
+def other_libc(self, name):
+    if name in ("prctl", "mallopt"):
+        raise AttributeError(name)
+    return real_getattr(self, name)
+
+
+builtins.open, ctypes.CDLL.__getattr__ = no_proc, other_libc
+"""
+
+
+def test_it_trains_where_there_is_no_proc_no_affinity_and_another_libc(tmp_path):
+    """As on a Mac: every process of the run begins by losing what only Linux has."""
+    (tmp_path / "sitecustomize.py").write_text(MAC)
+    words = ["--config", CONFIG, "run.name=x", *TINY, "ppo.total_frames=1000", "evaluation.videos=0"]
+    done = run(tmp_path, *words, PYTHONPATH=str(tmp_path))
+    assert "Traceback" not in done.stdout + done.stderr
+    assert (tmp_path / "runs" / "x" / "report_sampled.json").exists()
+    again = run(tmp_path, "--resume", "runs/x", "ppo.total_frames=1500", PYTHONPATH=str(tmp_path))
+    assert "Traceback" not in again.stdout + again.stderr
+    assert int(rows(tmp_path / "runs" / "x")[-1]["frames"]) >= 1500
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "sweep.py", "plot.py"])
+def test_on_windows_one_line_says_what_to_do(script, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys, cv2, gymnasium, torch, tqdm\nsys.platform = 'win32'\n")
+    done = subprocess.run([sys.executable, ROOT / script, "--help"], env=os.environ | {"PYTHONPATH": str(tmp_path)},
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line == "Windows lacks some of what this program needs; it runs in the Windows Subsystem for Linux (WSL)"
+
+
+def test_a_gpu_that_torch_does_not_have_is_one_line(tmp_path):
+    done = run(tmp_path, "--config", CONFIG, "run.device=mps", *TINY, ok=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("train.py: run.device=mps: torch has no Metal here")
+    assert len(done.stderr.splitlines()) == 1

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from contextlib import closing
 
@@ -19,7 +20,7 @@ import torch
 
 import train
 from machinery.checkpoint import load_checkpoint
-from machinery.tracking import Load, Queue, Sender
+from machinery.outbox import Load, Queue, Sender, send_file
 from runs import BARE, CONFIG, ROOT, TINY, begun, only_run, read_terminal, rows, without_speed
 
 SHOWN = """
@@ -116,9 +117,10 @@ def test_files_that_the_store_refuses_wait_and_hold_up_no_metrics(tmp_path, caps
     sender = sender_of(store, {"frames": 1, "a": 0.5}, {"frames": 2, "b": 0.25, "c": float("nan")})
     picture = tmp_path / "curves.png"
     picture.write_bytes(b"x")
-    sender.files += [(picture, None), (tmp_path / "gone.png", None), (picture, "more")]
+    files = (picture, None), (tmp_path / "gone.png", None), (picture, "more")
+    sender.jobs["files"] += [(path.name, send_file, path, folder) for path, folder in files]
     sender.start()
-    assert sender.close() == (0, 0)
+    assert sender.close() == (0, 0, 0)
     assert store.sent() == [("a", 0.5, 1), ("b", 0.25, 2)]
     assert store.files == [(str(picture), None), (str(picture), "more")]
     assert told(capsys) == ["MLflow: curves.png: [Errno 13] Permission denied; training goes on"]
@@ -126,18 +128,39 @@ def test_files_that_the_store_refuses_wait_and_hold_up_no_metrics(tmp_path, caps
 
 def test_files_that_never_get_through_are_counted():
     sender = sender_of(Store(broken=1000))
-    sender.files.append((ROOT / "README.md", None))
+    sender.jobs["files"].append(("README.md", send_file, ROOT / "README.md", None))
     sender.start()
-    assert sender.close(timeout=0.2) == (0, 1)
+    assert sender.close(timeout=0.2) == (0, 1, 0)
     sender.join(10)
     assert not sender.is_alive()
+
+
+def test_models_that_the_store_refuses_wait_for_their_rows_and_hold_up_no_file(capsys):
+    store, done, waiting = Store(no_metrics=2), [], threading.Event()
+
+    def model(client, run_id, name, refused):
+        assert client.sent()  # the row of a score goes first
+        if refused:
+            waiting.set()
+            raise LookupError(f"no {name} here\nlong story")
+        done.append((run_id, name))
+
+    sender = sender_of(store, {"frames": 1, "eval/return_mean": 0.5})
+    sender.jobs["models"] += [("score", model, name, name == "bad") for name in ("good", "bad", "next")]
+    sender.jobs["files"].append(("README.md", send_file, ROOT / "README.md", None))
+    sender.start()
+    assert waiting.wait(60)
+    assert sender.close(timeout=0.2) == (0, 0, 2)
+    assert done == [("id", "good")]
+    assert len(store.files) == 1
+    assert told(capsys)[-1] == "MLflow: score: no bad here; training goes on"
 
 
 def test_metrics_that_the_store_refuses_are_sent_later_in_their_order(capsys):
     store = Store(no_metrics=2)
     sender = sender_of(store, *({"frames": i, "a": i / 2} for i in range(60)), there={7, 30})
     sender.start()
-    assert sender.close() == (0, 0)
+    assert sender.close() == (0, 0, 0)
     assert store.sent() == [("a", i / 2, i) for i in range(60) if i not in (7, 30)]
     assert sender.queue.rows == []
     assert told(capsys) == [
@@ -148,7 +171,7 @@ def test_metrics_that_the_store_refuses_are_sent_later_in_their_order(capsys):
 def test_metrics_that_never_get_through_are_counted():
     sender = sender_of(Store(no_metrics=1000), {"frames": 1, "a": 0.5}, {"frames": 2, "a": 0.5})
     sender.start()
-    assert sender.close(timeout=0.2) == (2, 0)
+    assert sender.close(timeout=0.2) == (2, 0, 0)
 
 
 LOAD = {f"system/{name}" for name in (
@@ -215,7 +238,7 @@ MILESTONES = {"first-landing": ("rollout/return_mean", -1e9), "return-100": ("ro
 
 def test_milestones_and_curves_reach_mlflow_and_change_no_number(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("machinery.run.MILESTONES", MILESTONES)
+    monkeypatch.setattr("machinery.run.LANDER_MILESTONES", MILESTONES)
     settings = ["--config", str(CONFIG), *TINY, "evaluation.episodes=0"]
     train.main([*settings, "run.name=filmed"])
     assert "M frames" in capsys.readouterr().out
@@ -224,7 +247,7 @@ def test_milestones_and_curves_reach_mlflow_and_change_no_number(tmp_path, monke
     assert without_speed(rows(tmp_path / "runs/filmed")) == without_speed(rows(tmp_path / "runs/plain"))
 
     (video,) = (tmp_path / "runs/filmed/videos").iterdir()
-    assert video.name == "0.00M-first-landing.mp4"
+    assert video.name == "000.00M-first-landing.mp4"
     assert next(imageio_ffmpeg.read_frames(str(video)))["codec"] == "h264"
     assert not (tmp_path / "runs/plain/videos").exists()
     client, found = only_run(tmp_path)
@@ -234,7 +257,7 @@ def test_milestones_and_curves_reach_mlflow_and_change_no_number(tmp_path, monke
 
 
 def test_a_milestone_is_filmed_once_also_after_a_resume_and_draws_no_random_number(tmp_path, monkeypatch):
-    monkeypatch.setattr("machinery.run.MILESTONES", MILESTONES)
+    monkeypatch.setattr("machinery.run.LANDER_MILESTONES", MILESTONES)
     with begun(tmp_path, [*TINY, *BARE]) as run:
         metrics, before = run.iterate_with_retries(run.trainer), run.snapshot()
         assert [path.exists() for path in run.film_milestones(metrics)] == [True]
@@ -261,8 +284,8 @@ def test_trouble_is_told_while_training_goes_on(tmp_path, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "play", lambda *arguments, **named: fail() if "recorder" in named else PLAYED)
-    monkeypatch.setattr("machinery.run.MILESTONES", MILESTONES)
+    monkeypatch.setattr(train, "play", lambda *arguments, **named: fail() if "rendered" in named else PLAYED)
+    monkeypatch.setattr("machinery.run.LANDER_MILESTONES", MILESTONES)
     monkeypatch.setattr("machinery.diagnostics.LONG", 3)
     train.main(["--config", str(CONFIG), *TINY, "evaluation.episodes=0", "tracking.mlflow=false", "run.name=x",
                 "ppo.learning_rate=1e-9", "ppo.anneal=false"])

@@ -210,7 +210,7 @@ def test_the_late_stage_begins_with_a_hundred_good_episodes_and_stays(tmp_path):
 
 def test_a_run_that_goes_on_is_scored_as_often_as_it_now_says(tmp_path, monkeypatch):
     """After the score at the end of training, and with another evaluation.interval."""
-    monkeypatch.setattr("runs.play", lambda *_: (np.zeros(1), None, np.zeros(1)))
+    monkeypatch.setattr("runs.play", lambda *_, **__: (np.zeros(1), None, np.zeros(1)))
     with begun(tmp_path, [*TINY, *BARE, "evaluation.interval=1000", "ppo.total_frames=1500"]) as run:
         for frames, following in ((900, 1000), (1010, 2000), (1500, 2000)):
             run.trainer.counters["env_frames"] = frames
