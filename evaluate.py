@@ -159,7 +159,7 @@ def evaluate(policy, config, checkpoint, output, episodes=100, seed=EVALUATION_S
 
 def evaluate_grid(policy, config, checkpoint, output, episodes, seed=EVALUATION_SEED, sample=False):
     """Score `policy` in every weather of GRAVITIES x WINDS; print a table, write grid.json and grid.png to `output`."""
-    from plot import draw_grid  # and matplotlib with it
+    from plot import draw_grids  # and matplotlib with it
 
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -182,7 +182,7 @@ def evaluate_grid(policy, config, checkpoint, output, episodes, seed=EVALUATION_
         grid["landed_rate"].append(landed)
         print(f"| {gravity:g} | " + " | ".join(f"{mean:.0f}, {rate:.0%}" for mean, rate in scores) + " |", flush=True)
     write_atomically(output / "grid.json", (json.dumps(grid, indent=2) + "\n").encode())
-    draw_grid(grid, output / "grid.png")
+    draw_grids([grid], output / "grid.png")
     return grid
 
 

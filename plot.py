@@ -2,6 +2,7 @@
 
     python plot.py runs/NAME                                   # one run: all its diagnostics, as runs/NAME/curves.png
     python plot.py cnn=runs/a,runs/b resnet=runs/c --output compare.png  # several: return over frames and minutes
+    python plot.py here/grid.json there/grid.json              # maps of evaluate.py --grid, one below the other
 
 A label with several runs (seeds of one setting) is drawn as their mean, in a band from the lowest to the highest. Both
 end where the shortest of the runs ends; longer ones go on as thin lines.
@@ -15,6 +16,7 @@ if __name__ == "__main__" and "IPython" not in sys.modules:  # a notebook has a 
 
 import argparse
 import csv
+import json
 from io import BytesIO
 from pathlib import Path
 
@@ -30,6 +32,10 @@ from task import ENV_ID, solved_mark
 NEEDED = (
     "frames", "rollout/return_mean", "update/clip_fraction", "update/approx_kl",
     "update/entropy", "update/explained_variance", "eval/return_mean", "speed/total_seconds")
+
+
+GRID = (  # what a map needs of a grid.json
+    "checkpoint", "mode", "episodes", "gravity", "wind_power", "return_mean", "landed_rate")
 
 
 class PlotError(UserError):
@@ -160,24 +166,34 @@ def _seeds(label, folders, metrics):
     return f"{seeds} up to {min(ends) / 1e6:.3g} M frames, then {longer}"
 
 
-def draw_grid(grid, output):
-    """Heat maps of mean return and landings over wind and gravity, from the dict of evaluate.evaluate_grid."""
-    figure = Figure(figsize=(13, 4.5), layout="constrained")
-    axes = figure.subplots(1, 2)
+def draw_grids(grids, output):
+    """Heat maps of mean return and landings over wind and gravity; a row for each dict of evaluate.evaluate_grid."""
+    figure = Figure(figsize=(13, 4.5 * len(grids)), layout="constrained")
     maps = (
         ("return_mean", "mean return", "{:.0f}", (-200, 300)), ("landed_rate", "share of landings", "{:.0%}", (0, 1)))
-    for axis, (key, title, form, limits) in zip(axes, maps, strict=True):
-        values = np.array(grid[key])  # (gravities, winds)
-        image = axis.imshow(values, cmap="RdYlGn", vmin=limits[0], vmax=limits[1], aspect="auto")
-        for (row, column), value in np.ndenumerate(values):
-            dark = abs(image.norm(value) - 0.5) > 0.35
-            axis.text(column, row, form.format(value), ha="center", va="center", color="white" if dark else "black")
-        axis.set_xticks(range(len(grid["wind_power"])), [f"{wind:g}" for wind in grid["wind_power"]])
-        axis.set_yticks(range(len(grid["gravity"])), [f"{gravity:g}" for gravity in grid["gravity"]])
-        axis.set(title=title, xlabel="wind power; turbulence is a tenth of it", ylabel="gravity")
-        figure.colorbar(image, ax=axis)
-    figure.suptitle(f"{grid['policy']}, {grid['mode']}, {grid['episodes']} unseen episodes each ({grid['checkpoint']})")
+    for grid, row in zip(grids, figure.subfigures(len(grids), 1, squeeze=False)[:, 0], strict=True):
+        for axis, (key, title, form, limits) in zip(row.subplots(1, 2), maps, strict=True):
+            values = np.array(grid[key])  # (gravities, winds)
+            image = axis.imshow(values, cmap="RdYlGn", vmin=limits[0], vmax=limits[1], aspect="auto")
+            for (y, x), value in np.ndenumerate(values):
+                dark = abs(image.norm(value) - 0.5) > 0.35
+                axis.text(x, y, form.format(value), ha="center", va="center", color="white" if dark else "black")
+            axis.set_xticks(range(len(grid["wind_power"])), [f"{wind:g}" for wind in grid["wind_power"]])
+            axis.set_yticks(range(len(grid["gravity"])), [f"{gravity:g}" for gravity in grid["gravity"]])
+            axis.set(title=title, xlabel="wind power; turbulence is a tenth of it", ylabel="gravity")
+            row.colorbar(image, ax=axis)
+        row.suptitle(f"{grid['checkpoint']}, {grid['mode']}, {grid['episodes']} unseen episodes each")
     _save(figure, output)
+
+
+def read_grid(path):
+    """The dict in a grid.json of evaluate.py --grid."""
+    try:
+        grid = json.loads(Path(path).read_text())
+        return {key: grid[key] for key in GRID}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise PlotError(f"{path}: not what evaluate.py --grid writes ({reason})") from None
 
 
 def _save(figure, output):
@@ -197,7 +213,10 @@ def main(argv=None):
     parser.add_argument("--output", type=Path, help="PNG; default: curves.png in the run's folder, or compare.png")
     args = parser.parse_args(argv)
     with one_line("plot.py"):
-        if len(args.runs) == 1 and "=" not in args.runs[0]:
+        if all(run.endswith(".json") for run in args.runs):
+            output = args.output or Path("compare.png")
+            draw_grids([read_grid(run) for run in args.runs], output)
+        elif len(args.runs) == 1 and "=" not in args.runs[0]:
             run = Path(args.runs[0])
             output = args.output or (run if run.is_dir() else run.parent) / "curves.png"
             draw_run(run, output)

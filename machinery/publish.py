@@ -213,12 +213,11 @@ def table():
     others = {f"{row['id']} {row['solved']:g}": 0 for row in found if row["id"] != ENV_ID}
     mark = f"{solved_mark(ENV_ID):g}" + (f" ({', '.join(others)})" if others else "")
     rows = [
-        f"| config | parameters | to a mean training return of {mark} | trained for | greedy, 100 unseen seeds | "
-        "sampled | landed |",
-        "| --- | --- | --- | --- | --- | --- | --- |"]
+        f"| config | to a mean training return of {mark} | trained for | greedy, 100 unseen seeds | sampled | landed |",
+        "| --- | --- | --- | --- | --- | --- |"]
     for row in found:
         rows.append(
-            f"| [{row['name']}](results/{row['name']}) | {row['parameters'] / 1e6:.2f} M | {row['hit']} | "
+            f"| [{row['name']}](results/{row['name']}) | {row['hit']} | "
             f"{row['frames'] / 1e6:.1f} M frames, {row['minutes']:.0f} min | **{row['greedy']}** | {row['sampled']} | "
             f"{row['landed'].partition(' ')[0] or '-'} |")
     return "\n".join(rows)

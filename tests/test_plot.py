@@ -1,11 +1,12 @@
 import csv
+import json
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
 import plot
-from runs import no_room
+from runs import ROOT, no_room
 
 
 def write_metrics(folder, offset=0.0, rows=20):
@@ -151,3 +152,26 @@ def test_runs_that_end_a_few_frames_apart_are_equally_long(tmp_path, figures, ca
     plot.main([f"x={a},{b}", "--output", str(tmp_path / "x.png")])
     assert capsys.readouterr().err == ""
     assert [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()] == ["x, 2 seeds"]
+
+
+def test_maps_of_several_policies_stand_one_below_the_other(tmp_path):
+    good = ROOT / "results" / "weather" / "cnn" / "grid.json"
+    grid = json.loads(good.read_text())
+    lost = {"return_mean": [[-200.0] * 5] * 5, "landed_rate": [[0.0] * 5] * 5}
+    (tmp_path / "lost.json").write_text(json.dumps(grid | lost))
+    output = tmp_path / "compare.png"
+    plot.main([str(good), str(tmp_path / "lost.json"), "--output", str(output)])
+    picture = imread(output)
+    assert picture.shape[:2] == (900, 1300)
+    red, green = ([half[..., plane].mean() for half in (picture[:450], picture[450:])] for plane in (0, 1))
+    assert green[0] > red[0]  # the shipped CNN lands in most weathers
+    assert red[1] > green[1] + 0.2
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"checkpoint": "x"}', None])
+def test_what_is_no_map_is_one_line(content, tmp_path):
+    file = tmp_path / "grid.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(SystemExit, match=r"^plot.py: .*grid.json: not what evaluate.py --grid writes"):
+        plot.main([str(file)])
