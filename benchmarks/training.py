@@ -29,10 +29,10 @@ import numpy as np
 import psutil
 import torch
 from pydantic import Field
+from rendering import wrapped_lander, wrapper_stack
 from torch import nn
 from torch.distributions import Categorical
 
-from frames import wrapped_lander, wrapper_stack
 from machinery.config import load_config
 from models import POLICIES, Policy, PolicyOutput, channels_last, orthogonal, take
 from models import Categorical as Distribution

@@ -22,10 +22,10 @@ def test_benchmark_starts(script, tmp_path):
 def test_yardstick_trains(tmp_path):
     code = (
         "import sys, pathlib; sys.path[:0] = sys.argv[1:3]\n"
-        "from machinery.config import load_config; from yardstick import score, train\n"
+        "from machinery.config import load_config; from yardstick import make_state_env, score, train\n"
         "config = load_config(None, ['ppo.total_frames=3000', 'env.num_envs=4', 'ppo.num_steps=64'])\n"
-        "policy = train(config, pathlib.Path(sys.argv[3]))\n"
-        "print(score(policy, 4, episodes=2)['returns'])\n")
+        "policy = train(config, 2, pathlib.Path(sys.argv[3]))\n"
+        "print(score(policy, make_state_env(states=2, **config.env.settings()), episodes=2)['returns'])\n")
     done = subprocess.run(
         [sys.executable, "-c", code, ROOT, ROOT / "benchmarks", tmp_path], check=True, capture_output=True, text=True)
     returns = json.loads(done.stdout)

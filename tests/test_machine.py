@@ -306,6 +306,27 @@ def test_a_user_without_a_name_and_a_home_trains_but_not_into_somebody_elses_sto
     assert "MLflow store sqlite:///mlflow.db cannot be used: attempt to write a readonly database" in line
 
 
+def test_a_real_control_group_is_seen(tmp_path):
+    old = Path("/sys/fs/cgroup/cpu")
+    group = (old if old.is_dir() else Path("/sys/fs/cgroup")) / f"landing-{os.getpid()}"
+    file, half = ("cpu.cfs_quota_us", "50000") if old.is_dir() else ("cpu.max", "50000 100000")
+    try:
+        group.mkdir()
+        (group / file).write_text(half)
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    code = (
+        "import os, sys; open(sys.argv[1], 'w').write(str(os.getpid())); from machinery.device import cores_for; "
+        "from machinery.processes import SINGLE_PROCESS; print(cores_for(SINGLE_PROCESS))")
+    try:
+        words = [sys.executable, "-c", code, group / "cgroup.procs"]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    finally:
+        group.rmdir()
+    assert done.stdout == "1\n"
+    assert len(os.sched_getaffinity(0)) == cores_for(SINGLE_PROCESS)  # outside that group
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core has no second thread to lose")
 def test_beside_other_work_an_update_goes_on_with_one_thread_and_keeps_to_it(tmp_path):
     words = [*(word for word in TINY if not word.startswith("run.num_threads")), *BARE, "run.name=x"]

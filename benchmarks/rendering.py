@@ -1,6 +1,6 @@
 """Decisions per second of the landers alone, random actions, no network: the usual wrappers against envs.py.
 
-    python benchmarks/frames.py [--seconds 5] [--rounds 3]
+    python benchmarks/rendering.py [--seconds 5] [--rounds 3]
 
 Same decisions, same action repeat, same frame size and stack. The ways take turns, so that a machine that slows down
 slows all of them; each figure is the median of its rounds, each ratio is to the first row of the same run.
