@@ -191,13 +191,14 @@ def test_options_have_the_types_that_they_look_like():
 def test_stopped_and_resumed_equals_the_run_that_was_never_stopped(env_id, tmp_path):
     config = ROOT / "configs" / "cnn.yaml"
     factor = "env.shrink_factor=20"
-    words = [*TINY, *CARTPOLE, f"env.id={env_id}", factor, "tracking.mlflow=false"]
+    words = [*TINY, *CARTPOLE, f"env.id={env_id}", factor, "tracking.mlflow=false", "ppo.total_frames=2000",
+             "evaluation.selection_episodes=1", "evaluation.episodes=1"]
     run(tmp_path, "--config", config, "run.name=whole", *words)
-    process = start(tmp_path, "--config", config, "run.name=stopped", *words, held=3)
+    process = start(tmp_path, "--config", config, "run.name=stopped", *words, held=2)
     try:
         process.stdout.readline()
         process.send_signal(15)
-        go(tmp_path, 3)
+        go(tmp_path, 2)
         output = process.communicate(timeout=120)[0]
     finally:
         process.kill()
