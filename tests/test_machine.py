@@ -329,7 +329,8 @@ def test_a_real_control_group_is_seen(tmp_path):
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core has no second thread to lose")
 def test_beside_other_work_an_update_goes_on_with_one_thread_and_keeps_to_it(tmp_path):
-    words = [*(word for word in TINY if not word.startswith("run.num_threads")), *BARE, "run.name=x"]
+    words = [*(word for word in TINY if not word.startswith("run.num_threads")), *BARE, "run.name=x",
+             "ppo.total_frames=1800"]
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
     try:
         done = run(tmp_path, "--config", CONFIG, *words)
@@ -340,7 +341,7 @@ def test_beside_other_work_an_update_goes_on_with_one_thread_and_keeps_to_it(tmp
     assert f"{count} threads" in done.stdout
     assert done.stdout.count("updates go on with 1 thread") == 1
     for choice, told in ([], "1 thread"), (["run.num_threads=2"], "2 threads"):
-        again = run(tmp_path, "--resume", "runs/x", *choice, f"ppo.total_frames={4000 + 1000 * len(choice)}")
+        again = run(tmp_path, "--resume", "runs/x", *choice, f"ppo.total_frames={2200 + 500 * len(choice)}")
         assert f" {told}\n" in again.stdout
 
 
