@@ -151,7 +151,7 @@ def evaluate(policy, config, checkpoint, output, episodes=100, seed=EVALUATION_S
         "seconds": time.perf_counter() - start,
         **summarize(config.env.task, *results),
     }
-    report["env"] = {"id": config.env.id} | config.env.unusual() | config.env.options
+    report["env"] = config.env.described()
     print_report(report)  # before it is written: a full disk must not cost the score
     write_atomically(output / report_name, (json.dumps(report, indent=2) + "\n").encode())
     return report

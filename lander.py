@@ -144,8 +144,7 @@ class RenderedLander(RenderedEnv):
         self.lander = self.env.unwrapped
 
     def reset(self, seed):
-        self.now = draw_weather(self.weather, int(seed))
-        for option, value in self.now.items():
+        for option, value in draw_weather(self.weather, int(seed)).items():
             setattr(self.lander, option, value)
         return super().reset(seed)
 
@@ -180,9 +179,9 @@ class RenderedLander(RenderedEnv):
 class Lander(RenderedLander):
     """The same observations the short way, seen through a Camera: what training and the selection of policies use."""
 
-    def __init__(self, frame_skip, frame_stack, shrink_factor, color, continuous=False, **weather):
-        super().__init__(frame_skip, frame_stack, shrink_factor, color, continuous, **weather)
-        self.camera = Camera(shrink_factor, color)
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.camera = Camera(self.shrink_factor, self.color)
 
     def make_env(self):
         return gym.wrappers.TimeLimit(LeanLunarLander(self.continuous), TIME_LIMIT)

@@ -181,7 +181,7 @@ def main():
     seen = "state vector" if args.states == 1 else f"{args.states} state vectors"
     report = {"checkpoint": "none", "policy": seen, "mode": "greedy", "episodes": 100, "seed": EVALUATION_SEED}
     report |= score(policy, make_state_env(states=args.states, **config.env.settings()))
-    report |= {"seconds": time.perf_counter() - start, "env": {"id": config.env.id} | config.env.unusual()}
+    report |= {"seconds": time.perf_counter() - start, "env": config.env.described()}
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print_report(report)
 

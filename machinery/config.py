@@ -134,6 +134,10 @@ class Env(Strict):
         own = set(LANDER_OPTIONS) if self.id == ENV_ID else {"options"}
         return seen | self.model_dump(include=own)
 
+    def described(self):
+        """What a report says of the environment: its id, and the options that are not its defaults."""
+        return {"id": self.id} | self.unusual() | self.options
+
     def unusual(self):
         """The options of LunarLander-v3 that are not gymnasium's defaults."""
         return {key: getattr(self, key) for key, usual in LANDER_OPTIONS.items() if getattr(self, key) != usual}

@@ -140,7 +140,7 @@ def facts(folder, name=None):
         raise PublishError(f"{folder}: a result is scored over 100 episodes from seed {EVALUATION_SEED} on")
     machine = read_json(folder / "machine.json", "machine", "git_commit")
     solved = reached(metrics, config.env.task.solved)
-    options = ", ".join(f"{key} {value}" for key, value in (config.env.unusual() | config.env.options).items())
+    options = ", ".join(f"{key} {value}" for key, value in config.env.described().items() if key != "id")
     return {
         "name": name, "policy": config.model.name, "seed": config.run.seed,
         "id": config.env.id, "solved": config.env.task.solved,
