@@ -10,7 +10,7 @@ parameters. Its result, a dict of tensors with one row per frame, is the frame s
 int64 (B, S), says which rows of the store each decision sees, oldest first. With S = 4 and one lander whose frames
 0, 1, 2, ... are stored in order, the decision on frame 5 has the ids [2, 3, 4, 5] and the next one [3, 4, 5, 6]. So a
 frame that neighbouring decisions share is stored once, and the policies below that encode frames one by one encode it
-once. `forward` is what the update differentiates.
+once. `forward` is what the update differentiates; where a policy looks is the affair of its eye, in eyes.py.
 
 To add a policy, subclass Policy, or Temporal, and name it in POLICIES at the end.
 """
@@ -27,20 +27,16 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from torch import nn
 from torch.nn import functional as F
 
+from eyes import EYES, PolicyError
+
 LOG_STD = -0.5  # of continuous actions at the start: a deviation of 0.6, where actions lie between -1 and 1
+# A learned eye goes on learning: from so many stacks of each minibatch, with this weight of its loss, at this rate.
+EYE_STACKS, EYE_COEF, EYE_LEARNING_RATE = 8, 0.1, 0.1
 STAGES = ("layer1", "layer2", "layer3", "layer4")  # of a ResNet
-
-
-class PolicyError(Exception):
-    """A policy that cannot begin to train; one line."""
 
 
 class WeightsError(PolicyError):
     """Pretrained weights that cannot be had."""
-
-
-class CalibrationError(PolicyError):
-    """Frames that show nothing to learn to look at."""
 
 
 @dataclass(frozen=True)
@@ -205,108 +201,39 @@ def take(pictures, rows, mirrored=None):
     return both.index_select(0, torch.arange(len(rows), device=rows.device) + len(rows) * mirrored)
 
 
-class Glimpse(nn.Module):
-    """Finds in each frame the spot whose colour is the colour of what moves, and cuts out the picture around it.
-
-    The lander covers 1 % of the picture; what the policy must see of it, its tilt, is a matter of single pixels. Like
-    an eye, this looks at the whole picture coarsely, and at one spot finely. Which spot is a colour direction, a vector
-    of red, green, blue, found once by `calibrate` from frames alone; attention is the softmax of the pixels' scores.
-
-    With `subpixel` it is cut out exactly around that spot, by bilinear interpolation: two degrees of tilt move the feet
-    of a lander by a third of a pixel, which would drown in the jumps of a cut along whole pixels.
-    """
-
-    def __init__(self, size, subpixel=True, stride=4, sharpness=40.0):
-        super().__init__()
-        self.size, self.subpixel, self.stride, self.sharpness = size, subpixel, stride, sharpness
-        self.register_buffer("direction", torch.zeros(3))
-
-    @torch.no_grad()
-    def calibrate(self, before, after, threshold=0.1):
-        """Fisher's linear discriminant (1936) between pixels that changed and all pixels.
-
-        before, after: uint8 (B, 3, H, W), frames a moment apart. A pixel changed if any of its colours moved by more
-        than `threshold` of their range. Raises CalibrationError if none did.
-        """
-        before, after = before.float() / 255, after.float() / 255
-        moved = ((after - before).abs().amax(1).flatten() > threshold).cpu()  # (B * H * W,)
-        pixels = after.permute(0, 2, 3, 1).reshape(-1, 3).cpu().double()  # not every GPU has float64
-        if not moved.any():
-            raise CalibrationError(
-                "nothing moves in the first frames of random play, so there is nothing to learn to look at; a larger "
-                "env.num_envs or env.frame_skip, or a smaller env.shrink_factor, shows more")
-        covariance = torch.cov(pixels.T) + 1e-4 * torch.eye(3, dtype=torch.float64)
-        direction = torch.linalg.solve(covariance, pixels[moved].mean(0) - pixels.mean(0))
-        self.direction.copy_(direction / direction.norm())
-
-    def centroid(self, pixels):
-        """Mean position under the attention. pixels (B, 3, h, w) in 0..1 -> (B, 2): x in 0..w-1, y in 0..h-1."""
-        b, _, h, w = pixels.shape
-        scores = torch.einsum("bchw,c->bhw", pixels, self.sharpness * self.direction)
-        attention = scores.flatten(1).softmax(1).view(b, h, w)
-        x = attention.sum(1) @ torch.arange(w, dtype=torch.float32, device=pixels.device)
-        y = attention.sum(2) @ torch.arange(h, dtype=torch.float32, device=pixels.device)
-        return torch.stack([x, y], 1)
-
-    def cut(self, frames, corner, size):
-        """The square of each frame whose upper left pixel is at `corner`, int64 (B, 2): uint8 (B, 3, size, size)."""
-        height, width = frames.shape[2:]
-        span = torch.arange(size, device=frames.device)
-        columns = (corner[:, :1] + span).clamp(max=width - 1)  # (B, size); beyond an edge, its last pixel again
-        rows = (corner[:, 1:] + span).clamp(max=height - 1)
-        index = rows[:, :, None] * width + columns[:, None, :]  # (B, size, size)
-        return frames.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, 3, -1)).unflatten(2, (size, size))
-
-    @torch.no_grad()
-    def find(self, frames):
-        """frames uint8 (B, 3, H, W) -> the spot, float32 (B, 2), and the upper left of its cut-out, float32 (B, 2).
-
-        Both are columns and rows of pixels; without `subpixel` the latter are whole.
-        """
-        height, width = frames.shape[2:]
-        limit = torch.tensor([width - self.size, height - self.size], device=frames.device)
-        with torch.autocast(frames.device.type, enabled=False):  # positions are finer than bfloat16 can tell
-            # Every stride-th pixel is enough to find the spot; the position is then measured within a cut-out.
-            center = self.centroid(frames[:, :, :: self.stride, :: self.stride].float() / 255) * self.stride
-            corner = (center - self.size / 2).round().clamp(torch.zeros_like(limit), limit)
-            spot = corner + self.centroid(self.cut(frames, corner.long(), self.size).float() / 255)
-            if self.subpixel:
-                corner = (spot - (self.size - 1) / 2).clamp(torch.zeros_like(limit), limit)
-            return spot, corner
-
-    @torch.no_grad()
-    def forward(self, frames):
-        """frames uint8 (B, 3, H, W) -> crops uint8 (B, 3, size, size), positions float32 (B, 2), x and y in -1..1."""
-        height, width = frames.shape[2:]
-        spot, corner = self.find(frames)
-        x, y = corner.frac()[:, :, None, None, None].unbind(1)
-        with torch.autocast(frames.device.type, enabled=False):
-            crops = self.cut(frames, corner.long(), self.size + 1).float()  # one pixel more, to mix neighbours
-            crops = torch.lerp(crops[..., :-1], crops[..., 1:], x)
-            crops = torch.lerp(crops[..., :-1, :], crops[..., 1:, :], y).round().byte()
-            return crops, spot / torch.tensor([(width - 1) / 2, (height - 1) / 2], device=frames.device) - 1
-
-
 class Policy(nn.Module):
     """The base of all policies: the eye, the mirror, and the two heads on one hidden layer.
 
-    A subclass has `forward(frame_store, frame_ids, minibatch=None)`, which gives the PolicyOutput of decisions that see
-    the rows frame_ids, int64 (B, S), of frame_store. While learning, `minibatch` is the train.Rollout of these
-    decisions, (B, ...): auxiliary losses find their targets there.
+    A subclass calls `make_heads(I)`, and has `features(frame_store, frame_ids, mirrored)`: what decisions see in the
+    rows frame_ids, int64 (B, S), of frame_store, in the mirror where `mirrored`, bool (B,), as float (B, I). With
+    `losses` it adds auxiliary losses.
     """
 
     class Options(Strict):
         name: str = Field(description="which policy: a name in POLICIES")
-        glimpse: int = Field(32, ge=0, description="side in pixels of the cut-out around what moves; 0: all")
+        eye: Literal["colour", "learned", "none"] = Field(
+            "colour", description="finds what moves by its colour, or by a look that it learns; none: whole frames")
+        glimpse: int = Field(32, ge=16, description="side in pixels of the cut-out around what moves")
         subpixel: bool = Field(True, description="cut out exactly around the spot, between pixels; false: whole pixels")
-        mirror: bool = Field(True, description="treat a lander on the left as one on the right seen in a mirror")
+        mirror: bool = Field(
+            True, description="treat a lander on the left as one on the right seen in a mirror; without an eye, take "
+            "the mean of what both views say")
         features: int = Field(256, ge=1, le=10**10, description="units of the hidden layer before the two heads")
+
+        @model_validator(mode="before")
+        @classmethod
+        def _without_an_eye(cls, options):
+            """How runs from before there was more than one eye say that they have none."""
+            if isinstance(options, dict) and str(options.get("glimpse")) == "0" and "eye" not in options:
+                return {key: value for key, value in options.items() if key != "glimpse"} | {"eye": "none"}
+            return options
 
     def __init__(self, options, spaces):
         super().__init__()
         self.options, self.spaces = options, spaces
-        self.eye = Glimpse(options.glimpse, options.subpixel) if options.glimpse else None
-        self.picture_size = (options.glimpse, options.glimpse) if options.glimpse else (spaces.height, spaces.width)
+        has_eye = options.eye != "none"
+        self.eye = EYES[options.eye](spaces.planes, options.glimpse, options.subpixel) if has_eye else None
+        self.picture_size = (options.glimpse, options.glimpse) if has_eye else (spaces.height, spaces.width)
 
     def make_heads(self, inputs):
         features = self.options.features
@@ -322,26 +249,63 @@ class Policy(nn.Module):
     def calibrate(self, frames):
         """Learn what can be learned from frames alone. frames: uint8 (B, K, H, W), of any play."""
         if self.eye:
-            frames = frames.unflatten(1, (self.spaces.frame_stack, self.spaces.planes))
-            self.eye.calibrate(frames[:, -2], frames[:, -1])
+            self.eye.calibrate(frames)
+
+    def parts_of_other_rate(self):
+        """[(module, factor)]: what learns with another rate than ppo.learning_rate."""
+        return [(self.eye, EYE_LEARNING_RATE)] if self.options.eye == "learned" else []
 
     def parameter_groups(self):
         """Groups for the optimizer; lr_scale multiplies the learning rate."""
-        return [{"params": [p for p in self.parameters() if p.requires_grad], "lr_scale": 1.0}]
+        groups = [
+            {"params": [p for p in module.parameters() if p.requires_grad], "lr_scale": factor}
+            for module, factor in self.parts_of_other_rate()]
+        inside = {id(p) for group in groups for p in group["params"]}
+        others = [p for p in self.parameters() if p.requires_grad and id(p) not in inside]
+        return [{"params": others, "lr_scale": 1.0}, *(group for group in groups if group["params"])]
 
     @torch.no_grad()
     def preprocess(self, frames):
-        """Single frames, uint8 (B, planes, H, W) -> {"pictures": uint8 (B, planes, h, w), "positions": (B, 2)}."""
+        """Single frames, uint8 (B, planes, H, W) -> {"pictures": uint8 (B, planes, h, w), "positions": (B, 2)}.
+
+        A learned eye needs the whole frames, too, to go on learning from.
+        """
         if self.eye is None:
             return {"pictures": frames, "positions": torch.zeros(len(frames), 2, device=frames.device)}
         pictures, positions = self.eye(frames)
-        return {"pictures": pictures, "positions": positions}
+        frame_store = {"pictures": pictures, "positions": positions}
+        return frame_store | {"frames": frames} if self.options.eye == "learned" else frame_store
 
     def preprocess_stacks(self, stacks):
         """Stacks of frames, uint8 (B, K, H, W), each by itself -> (frame_store, frame_ids) for `forward`."""
         size = self.spaces.frame_stack
         frame_store = self.preprocess(stacks.unflatten(1, (size, self.spaces.planes)).flatten(0, 1))
         return frame_store, torch.arange(len(stacks) * size, device=stacks.device).view(-1, size)
+
+    def forward(self, frame_store, frame_ids, minibatch=None):
+        """The PolicyOutput of decisions that see the rows frame_ids, int64 (B, S), of frame_store.
+
+        While learning, `minibatch` is the train.Rollout of these decisions, (B, ...).
+        """
+        both = self.options.mirror and self.eye is None  # nothing tells on which side things are
+        if both:
+            mirrored = torch.arange(2 * len(frame_ids), device=frame_ids.device) >= len(frame_ids)
+            frame_ids = frame_ids.repeat(2, 1)
+        else:
+            mirrored = self.mirrored(frame_store, frame_ids)
+        features = self.features(frame_store, frame_ids, mirrored)
+        output = self.decide(features, mirrored, both)
+        if minibatch is not None:
+            output.losses.update(self.losses(features, minibatch))
+        return output
+
+    def losses(self, features, minibatch):
+        """Auxiliary losses by name, weighted scalars. features: (B, I); minibatch: train.Rollout, (B, ...)."""
+        if self.options.eye != "learned":
+            return {}
+        some = minibatch.frame_ids[:: max(len(minibatch.frame_ids) // EYE_STACKS, 1)]
+        stacks = minibatch.frame_store["frames"].index_select(0, some.flatten()).unflatten(0, some.shape)
+        return {"eye": EYE_COEF * self.eye.loss(stacks)}
 
     def mirrored(self, frame_store, frame_ids):
         """bool (B,): whether this decision is seen in the mirror, because the newest glimpse is left of the middle."""
@@ -357,8 +321,11 @@ class Policy(nn.Module):
         positions = torch.stack([x, positions[..., 1]], -1)
         return torch.cat([3 * positions, 60 * F.pad(positions.diff(dim=1), (0, 0, 1, 0))], -1)
 
-    def decide(self, inputs, mirrored):
-        """inputs (B, I) -> PolicyOutput; in float32, since probabilities are exponentials."""
+    def decide(self, inputs, mirrored, both=False):
+        """inputs (B, I) -> PolicyOutput; in float32, since probabilities are exponentials.
+
+        both: the second half of the inputs are the first half's decisions in the mirror; the output is their mean.
+        """
         with torch.autocast(inputs.device.type, enabled=False):
             hidden = self.hidden(inputs.float())
             actor, value = self.actor(hidden), self.critic(hidden)[:, 0]
@@ -366,6 +333,8 @@ class Policy(nn.Module):
                 other = list(self.spaces.mirrored_actions)
                 other = actor * torch.tensor(other, device=actor.device) if self.spaces.continuous else actor[:, other]
                 actor = torch.where(mirrored[:, None], other, actor)
+            if both:
+                actor, value = actor.unflatten(0, (2, -1)).mean(0), value.unflatten(0, (2, -1)).mean(0)
             if self.spaces.continuous:
                 return PolicyOutput(DiagonalGaussian(actor, self.log_std), value)
             return PolicyOutput(Categorical(actor), value)
@@ -388,8 +357,7 @@ class CNN(Policy):
         self.what = nn.Sequential(orthogonal(nn.Linear(flat, options.features)), nn.ReLU())
         self.make_heads(options.features + 2 * spaces.frame_stack)
 
-    def forward(self, frame_store, frame_ids, minibatch=None):
-        mirrored = self.mirrored(frame_store, frame_ids)
+    def features(self, frame_store, frame_ids, mirrored):
         turned = mirrored.repeat_interleave(self.spaces.frame_stack) if self.options.mirror else None
         pictures = take(frame_store["pictures"], frame_ids.flatten(), turned)  # (B * S, planes, h, w)
         pictures = pictures.view(len(frame_ids), -1, *self.picture_size)  # (B, S * planes, h, w)
@@ -397,7 +365,7 @@ class CNN(Policy):
         what = self.what(self.convs(pictures)).float()
         places = self.places(frame_store, frame_ids, mirrored)
         where = torch.cat([places[:, -1, :2], places[:, 1:, 2:].flatten(1)], 1)  # (B, 2 S): newest place, all changes
-        return self.decide(torch.cat([what, where], 1), mirrored)
+        return torch.cat([what, where], 1)
 
 
 def transformer(width, heads, layers, residual_gain=0.1):
@@ -468,11 +436,10 @@ class Temporal(Policy):
             embedded[new] = True
         return embeddings[views]
 
-    def forward(self, frame_store, frame_ids, minibatch=None):
-        mirrored = self.mirrored(frame_store, frame_ids)
+    def features(self, frame_store, frame_ids, mirrored):
         steps = self.embed(frame_store, 2 * frame_ids + mirrored[:, None])
         steps = steps + self.place(self.places(frame_store, frame_ids, mirrored)) + self.time  # (B, S, width)
-        return self.decide(self.over_time(steps)[:, -1], mirrored)
+        return self.over_time(steps)[:, -1]
 
 
 class TemporalResNet(Temporal):
@@ -615,14 +582,8 @@ class TemporalResNet(Temporal):
             return frame_store["pictures"].flatten(0, 1)[views]
         return self.prepare(super().pictures(frame_store, views))
 
-    def parameter_groups(self):
-        encoder = [p for p in self.resnet.parameters() if p.requires_grad]
-        inside = {id(p) for p in self.resnet.parameters()}
-        others = [p for p in self.parameters() if p.requires_grad and id(p) not in inside]
-        groups = [{"params": others, "lr_scale": 1.0}]
-        if encoder:
-            groups.append({"params": encoder, "lr_scale": self.options.encoder_learning_rate})
-        return groups
+    def parts_of_other_rate(self):
+        return [*super().parts_of_other_rate(), (self.resnet, self.options.encoder_learning_rate)]
 
 
 class Transformer(Temporal):

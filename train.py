@@ -42,6 +42,7 @@ from torch import nn
 
 from envs import env_class, make_vector_env
 from evaluate import evaluate, play
+from eyes import PolicyError
 from machinery.checkpoint import build_policy, load_weights
 from machinery.device import open_device, rng_state, set_rng_state
 from machinery.errors import one_line
@@ -49,7 +50,6 @@ from machinery.processes import SINGLE_PROCESS, Processes
 from machinery.run import open_run
 from machinery.terminal import Outlet
 from machinery.workers import WorkerError
-from models import PolicyError
 from plot import draw_run
 
 
@@ -319,16 +319,18 @@ class Trainer:
         return make_vector_env(
             env.num_envs, env.num_workers, self.config.run.seed, self.processes.rank * env.num_envs, **env.settings())
 
-    def _calibrate(self, decisions=20):
+    def _calibrate(self, pictures=20):
         """Let the policy see some frames of random play, for what it can learn from frames alone."""
         frames, spaces, shape = [], self.policy.spaces, self.envs.action_space.shape
-        for _ in range(decisions):
+        apart = self.policy.eye.decisions_apart if self.policy.eye else 1
+        for decision in range(pictures * apart):
             if spaces.continuous:
                 actions = 2 * torch.rand(shape, generator=self.generator) - 1
             else:
                 actions = torch.randint(spaces.num_actions, shape, generator=self.generator)
             self.frames = torch.from_numpy(self.envs.step(actions.numpy())[0])
-            frames.append(self.frames.clone())
+            if decision % apart == apart - 1:
+                frames.append(self.frames.clone())
         self.policy.calibrate(torch.cat(frames).to(self.device))
 
     def iterate(self):

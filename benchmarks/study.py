@@ -35,11 +35,11 @@ this folder, and the last table lists them all.
 | no late stage | `ppo.late_return=null` | 0.63, 0.43 M | 269, 280 | 98, 100% |
 | no mirror | `model.mirror=false` | 0.53, 0.45 M | 263, 264 | 98, 98% |
 | whole pixels | `model.subpixel=false` | 0.61, 0.70 M | 253, 262 | 94, 96% |
-| no glimpse | `model.glimpse=0`, and two more | not reached | 91, 3 | 40, 6% |
+| no glimpse | `model.eye=none`, and two more | not reached | 91, 3 | 40, 6% |
 | state vector | a yardstick, without frames | 0.51, 0.40, 0.59 M | 234, 247, 263 | 95, 96, 100% |
 
 A line is trained by `python train.py --config configs/cnn.yaml run.seed=SEED` and its changed setting. "No glimpse" has
-three: `model.glimpse=0 model.mirror=false env.shrink_factor=8`. The policy then sees whole frames at half the
+three: `model.eye=none model.mirror=false env.shrink_factor=8`. The policy then sees whole frames at half the
 resolution, 75x50, and there is no mirror without glimpses. The yardstick is trained by
 `python benchmarks/yardstick.py --config configs/cnn.yaml run.seed=SEED`.
 

@@ -139,7 +139,7 @@ POLICIES["nature"] = NatureCNN
 
 def ours():
     config = load_config(None, [
-        "model.name=nature", "model.glimpse=0", "model.mirror=false", "env.color=false", f"env.shrink_factor={FACTOR}",
+        "model.name=nature", "model.eye=none", "model.mirror=false", "env.color=false", f"env.shrink_factor={FACTOR}",
         f"env.frame_skip={FRAME_SKIP}", f"env.num_envs={LANDERS}", f"ppo.num_steps={STEPS}",
         f"ppo.update_epochs={EPOCHS}", f"ppo.num_minibatches={BATCH // MINIBATCH}", "run.device=cpu"])
     trainer = Trainer(config)

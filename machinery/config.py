@@ -244,29 +244,30 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def _fit_for_the_eye(self):
-        glimpse, side = getattr(self.model, "glimpse", 0), min(self.env.task.viewport) // self.env.shrink_factor
-        if not glimpse:
-            return self
-        if not self.env.color or self.env.frame_stack < 2:
+        eye, glimpse = getattr(self.model, "eye", "none"), getattr(self.model, "glimpse", 0)
+        side = min(self.env.task.viewport) // self.env.shrink_factor
+        frames = {"colour": 2, "learned": 3, "none": 1}[eye]
+        if eye == "colour" and not self.env.color:
             raise PydanticCustomError(
-                "conflict", f"model.glimpse={glimpse} finds what moves by its colour, so it needs env.color=true and "
-                "env.frame_stack of 2 or more; model.glimpse=0 model.mirror=false sees the whole picture instead")
-        if not 16 <= glimpse <= side:
+                "conflict", "model.eye=colour finds what moves by its colour, so it needs env.color=true; "
+                "model.eye=learned finds it in gray, too, and model.eye=none sees the whole picture")
+        if self.env.frame_stack < frames:
             raise PydanticCustomError(
-                "conflict", f"model.glimpse={glimpse} must be 0 or between 16 and {side}, the shorter side of a frame "
-                f"({min(self.env.task.viewport)} / env.shrink_factor={self.env.shrink_factor})")
+                "conflict", f"model.eye={eye} finds what moves from one frame to the next, so it needs env.frame_stack "
+                f"of {frames} or more; model.eye=none sees the whole picture instead")
+        if eye != "none" and glimpse > side:
+            raise PydanticCustomError(
+                "conflict", f"model.glimpse={glimpse} must be between 16 and {side}, the shorter side of a frame "
+                f"({min(self.env.task.viewport)} / env.shrink_factor={self.env.shrink_factor}); model.eye=none sees "
+                "the whole picture instead")
         return self
 
     @model_validator(mode="after")
-    def _mirror_needs_the_eye(self):
+    def _mirror_needs_to_be_known(self):
         if getattr(self.model, "mirror", False) and not self.env.task.mirrored_actions:
             raise PydanticCustomError(
                 "conflict", f"model.mirror=true needs to know what each action of {self.env.id} is in a mirror, which "
                 "nobody has said; set model.mirror=false")
-        if getattr(self.model, "mirror", False) and not self.model.glimpse:
-            raise PydanticCustomError(
-                "conflict",
-                "model.mirror=true needs model.glimpse, which tells left from right; set model.mirror=false")
         return self
 
     def saved(self):

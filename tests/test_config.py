@@ -74,8 +74,8 @@ def test_overrides_win_and_numbers_are_numbers(tmp_path):
 def test_what_a_text_stands_for(key, text, expected, tmp_path):
     section, _, name = key.partition(".")
     file = tmp_path / "x.yaml"
-    file.write_text(f"model:\n  glimpse: 0\n  mirror: false\n{section}:\n  {name}: {text}\n")
-    for config in (load_config(file), load_config(None, ["model.glimpse=0", "model.mirror=false", f"{key}={text}"])):
+    file.write_text(f"model:\n  eye: none\n  mirror: false\n{section}:\n  {name}: {text}\n")
+    for config in (load_config(file), load_config(None, ["model.eye=none", "model.mirror=false", f"{key}={text}"])):
         value = config.flat()[key]
         assert (value, type(value)) == (expected, type(expected))
 

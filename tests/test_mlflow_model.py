@@ -180,7 +180,7 @@ def test_scores_that_mlflow_lacks_are_sent_when_the_run_goes_on(tmp_path):
 
 def test_an_environment_without_landings_has_no_landed_rate(store, tmp_path):
     client, run_id = store
-    config = load_config(None, ["env.id=CartPole-v1", "model.glimpse=0", "model.mirror=false"])
+    config = load_config(None, ["env.id=CartPole-v1", "model.eye=none", "model.mirror=false"])
     log_score(client, run_id, config, 512, {"eval/return_mean": 20.0})
     log_final_scores(client, run_id, config, 512, [{k: v for k, v in REPORT.items() if k != "landed_rate"}])
     (model,) = scored_models(client, run_id).values()

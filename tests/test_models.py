@@ -8,14 +8,13 @@ import torchvision
 from torch import nn
 
 from camera import shrink
+from eyes import CalibrationError, ColourEye
 from lander import Lander
 from machinery.config import ConfigError, check_config, load_config
 from models import (
     POLICIES,
-    CalibrationError,
     Categorical,
     DiagonalGaussian,
-    Glimpse,
     Policy,
     Spaces,
     TemporalResNet,
@@ -71,8 +70,8 @@ def test_glimpse_learns_from_motion_what_to_look_at():
 
     places = [(20 + 5 * i, 10 + 3 * i) for i in range(12)]
     frames = torch.stack([picture(x, y) for x, y in places])
-    eye = Glimpse(32, subpixel=False)
-    eye.calibrate(frames[:-1], frames[1:])
+    eye = ColourEye(3, 32, subpixel=False)
+    eye.calibrate(torch.cat([frames[:-1], frames[1:]], 1))
     crops, positions = eye(frames)
     assert crops.shape == (12, 3, 32, 32)
     for (x, y), position, crop in zip(places, positions, crops, strict=True):
@@ -100,8 +99,8 @@ def test_subpixel_glimpse_does_not_shake():
     frames = torch.stack([picture(200 + 5 * i, 100 + 3 * i) for i in range(16)])
     shaking = {}
     for subpixel in (True, False):
-        eye = Glimpse(32, subpixel)
-        eye.calibrate(frames[:-1], frames[1:])
+        eye = ColourEye(3, 32, subpixel)
+        eye.calibrate(torch.cat([frames[:-1], frames[1:]], 1))
         crops, positions = eye(frames)
         crops = crops.float()
         shaking[subpixel] = (crops - crops.mean(0)).abs().mean().item()
@@ -117,15 +116,15 @@ def test_glimpse_at_the_edge_stays_inside():
     for height, width in ((0, 0), (0, 144), (94, 0), (94, 144)):
         pictures = torch.zeros(2, 3, 100, 150, dtype=torch.uint8)
         pictures[0, :, 40:46, 40:46] = pictures[1, :, height : height + 6, width : width + 6] = 255
-        eye = Glimpse(32)
-        eye.calibrate(pictures[:1], pictures[1:])
+        eye = ColourEye(3, 32)
+        eye.calibrate(pictures.flatten(0, 1)[None])
         crop = eye(pictures)[0][1]
         assert (crop == 255).sum() == 3 * 36
 
 
 def test_glimpse_needs_motion(frames):
     with pytest.raises(CalibrationError, match="nothing moves"):
-        Glimpse(32).calibrate(frames[:1, -3:], frames[:1, -3:])
+        ColourEye(3, 32).calibrate(frames[:1, -3:].repeat(1, 2, 1, 1))
 
 
 def test_pictures_are_taken_as_they_are_or_in_the_mirror():
@@ -151,7 +150,7 @@ def test_shapes_and_dtypes(name, frames):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_whole_gray_frames_without_the_eye(name, frames):
-    policy = make_policy(POLICIES[name].Options(glimpse=0, mirror=False), Spaces(2, 1, 50, 75, num_actions=4))
+    policy = make_policy(POLICIES[name].Options(eye="none", mirror=False), Spaces(2, 1, 50, 75, num_actions=4))
     gray = frames[:5, :2, ::2, ::2]
     policy.calibrate(gray)
     output = policy.eval()(*policy.preprocess_stacks(gray))

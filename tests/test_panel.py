@@ -20,7 +20,7 @@ from machinery.video import VideoRecorder
 POLICIES = {
     "cnn": [],
     "whole gray frames": [
-        "env.color=false", "env.shrink_factor=8", "model.glimpse=0", "model.mirror=false", "env.frame_stack=16"],
+        "env.color=false", "env.shrink_factor=8", "model.eye=none", "model.mirror=false", "env.frame_stack=16"],
     "temporal_resnet": ["model.name=temporal_resnet"],
     "frozen stem": ["model.name=temporal_resnet", "model.frozen=stem"],
     "transformer": ["model.name=transformer", "model.heads=8"],

@@ -310,7 +310,7 @@ def small_policy(name):
     """A shipped policy for stacks of two gray frames of 32x32 pixels and two actions."""
     torch.manual_seed(0)
     small = {"width": 32, "heads": 2, "layers": 1} if issubclass(POLICIES[name], Temporal) else {}
-    options = POLICIES[name].Options(glimpse=0, mirror=False, features=32, **small)
+    options = POLICIES[name].Options(eye="none", mirror=False, features=32, **small)
     return make_policy(options, Spaces(frame_stack=2, planes=1, height=32, width=32, num_actions=2))
 
 

@@ -23,7 +23,7 @@ from plot import draw_run
 from runs import ROOT, TINY, go, rows, run, start, without_speed
 
 PAGE = (ROOT / "docs" / "worlds.md").read_text()
-CARTPOLE = ["env.id=CartPole-v1", "env.shrink_factor=8", "model.mirror=false", "model.glimpse=0"]
+CARTPOLE = ["env.id=CartPole-v1", "env.shrink_factor=8", "model.mirror=false", "model.eye=none"]
 STRANGE = """
 import gymnasium as gym
 import numpy as np
@@ -153,11 +153,11 @@ def test_actions_reach_the_environment_as_it_counts_them(strange):
     ("env.shrink_factor=3", "env.shrink_factor=3 must be one of 1, 2, 4, which divide frames of 96x64"),
     ("model.mirror=true", "model.mirror=true needs to know what each action of"),
     ("env.gravity=-5", "env.gravity is an option of LunarLander-v3"),
-    ("model.glimpse=32", "model.glimpse=32 must be 0 or between 16 and 16, the shorter side of a frame (64 / "),
+    ("model.eye=colour", "model.glimpse=32 must be between 16 and 16, the shorter side of a frame (64 / "),
 ])
 def test_what_cannot_be_seen_or_steered_is_refused_in_one_line(options, told, strange):
     with pytest.raises(ConfigError) as error:
-        load_config(None, [f"env.id={strange}", "model.mirror=false", "model.glimpse=0", options])
+        load_config(None, [f"env.id={strange}", "model.mirror=false", "model.eye=none", options])
     assert told in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -1,0 +1,226 @@
+"""Eyes: where in a frame to look. They see the whole frame coarsely, and one spot of it finely.
+
+    eye = ColourEye(planes=3, size=32)
+    eye.calibrate(stacks)                 # frames of random play, uint8 (B, S * planes, H, W)
+    crops, positions = eye(frames)        # frames uint8 (B, planes, H, W)
+
+The lander covers 1 % of the picture; what a policy must see of it, its tilt, is a matter of single pixels. Both eyes
+find what moves, and nobody tells them what that is: ColourEye by its colour, LearnedEye by its look, in gray, too.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+MOVED = 0.1 * 255  # a pixel changed if any of its planes did by more than a tenth of their range
+
+
+class PolicyError(Exception):
+    """A policy that cannot begin to train; one line."""
+
+
+class CalibrationError(PolicyError):
+    """Frames that show nothing to learn to look at."""
+
+    def __init__(self):
+        super().__init__(
+            "nothing moves in the first frames of random play, so there is nothing to learn to look at; a larger "
+            "env.num_envs or env.frame_skip, or a smaller env.shrink_factor, shows more")
+
+
+class Eye(nn.Module):
+    """Finds a spot in each frame, and cuts out the picture around it.
+
+    With `subpixel` it is cut out exactly around that spot, by bilinear interpolation: two degrees of tilt move the feet
+    of a lander by a third of a pixel, which would drown in the jumps of a cut along whole pixels.
+
+    A subclass has `calibrate(stacks)`, `center(frames)` and `centroid(cutouts)`.
+    """
+
+    decisions_apart = 1  # frames that show it enough to calibrate lie so many decisions of random play apart
+
+    def __init__(self, planes, size, subpixel=True):
+        super().__init__()
+        self.planes, self.size, self.subpixel = planes, size, subpixel
+
+    def cut(self, frames, corner, size):
+        """The square of each frame whose upper left pixel is at `corner`, int64 (B, 2): uint8 (B, C, size, size)."""
+        planes, height, width = frames.shape[1:]
+        span = torch.arange(size, device=frames.device)
+        columns = (corner[:, :1] + span).clamp(max=width - 1)  # (B, size); beyond an edge, its last pixel again
+        rows = (corner[:, 1:] + span).clamp(max=height - 1)
+        index = rows[:, :, None] * width + columns[:, None, :]  # (B, size, size)
+        return frames.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, planes, -1)).unflatten(2, (size, size))
+
+    def limit(self, frames):
+        """The largest column and row at which a cut-out may begin, int64 (2,)."""
+        height, width = frames.shape[2:]
+        return torch.tensor([width - self.size, height - self.size], device=frames.device)
+
+    def corner(self, frames):
+        """The upper left of the cut-out in which the spot is then measured, whole pixels: float32 (B, 2)."""
+        limit = self.limit(frames)
+        return (self.center(frames) - self.size / 2).round().clamp(torch.zeros_like(limit), limit)
+
+    @torch.no_grad()
+    def find(self, frames):
+        """frames uint8 (B, C, H, W) -> the spot, float32 (B, 2), and the upper left of its cut-out, float32 (B, 2).
+
+        Both are columns and rows of pixels; without `subpixel` the latter are whole.
+        """
+        with torch.autocast(frames.device.type, enabled=False):  # positions are finer than bfloat16 can tell
+            corner = self.corner(frames)
+            spot = corner + self.centroid(self.cut(frames, corner.long(), self.size).float() / 255)
+            if self.subpixel:
+                limit = self.limit(frames)
+                corner = (spot - (self.size - 1) / 2).clamp(torch.zeros_like(limit), limit)
+            return spot, corner
+
+    @torch.no_grad()
+    def forward(self, frames):
+        """frames uint8 (B, C, H, W) -> crops uint8 (B, C, size, size), positions float32 (B, 2), x and y in -1..1."""
+        height, width = frames.shape[2:]
+        spot, corner = self.find(frames)
+        x, y = corner.frac()[:, :, None, None, None].unbind(1)
+        with torch.autocast(frames.device.type, enabled=False):
+            crops = self.cut(frames, corner.long(), self.size + 1).float()  # one pixel more, to mix neighbours
+            crops = torch.lerp(crops[..., :-1], crops[..., 1:], x)
+            crops = torch.lerp(crops[..., :-1, :], crops[..., 1:, :], y).round().byte()
+            return crops, spot / torch.tensor([(width - 1) / 2, (height - 1) / 2], device=frames.device) - 1
+
+
+def mean_place(attention):
+    """attention (B, h, w), which sums to 1 -> (B, 2): x in 0..w-1, y in 0..h-1."""
+    x = torch.arange(attention.shape[2], dtype=torch.float32, device=attention.device)
+    y = torch.arange(attention.shape[1], dtype=torch.float32, device=attention.device)
+    return torch.stack([attention.sum(1) @ x, attention.sum(2) @ y], 1)
+
+
+class ColourEye(Eye):
+    """Looks at the colour of what moves: a direction of red, green, blue, found once from frames alone.
+
+    Attention is the softmax of the pixels' scores along that direction.
+    """
+
+    def __init__(self, planes, size, subpixel=True, stride=4, sharpness=40.0):
+        super().__init__(planes, size, subpixel)
+        self.stride, self.sharpness = stride, sharpness
+        self.register_buffer("direction", torch.zeros(planes))
+
+    @torch.no_grad()
+    def calibrate(self, stacks):
+        """Fisher's linear discriminant (1936) between pixels that changed and all pixels.
+
+        stacks: uint8 (B, S * 3, H, W), S frames each, of which the last two count. CalibrationError if nothing moved.
+        """
+        before, after = stacks[:, -2 * self.planes :].float().div(255).chunk(2, dim=1)
+        moved = ((after - before).abs().amax(1).flatten() > MOVED / 255).cpu()  # (B * H * W,)
+        pixels = after.permute(0, 2, 3, 1).reshape(-1, self.planes).cpu().double()  # not every GPU has float64
+        if not moved.any():
+            raise CalibrationError
+        covariance = torch.cov(pixels.T) + 1e-4 * torch.eye(self.planes, dtype=torch.float64)
+        direction = torch.linalg.solve(covariance, pixels[moved].mean(0) - pixels.mean(0))
+        self.direction.copy_(direction / direction.norm())
+
+    def center(self, frames):
+        """Roughly the spot, float32 (B, 2): every stride-th pixel is enough to find it."""
+        return self.centroid(frames[:, :, :: self.stride, :: self.stride].float() / 255) * self.stride
+
+    def centroid(self, pixels):
+        """Mean place under the attention. pixels (B, 3, h, w) in 0..1 -> (B, 2): x in 0..w-1, y in 0..h-1."""
+        scores = torch.einsum("bchw,c->bhw", pixels, self.sharpness * self.direction)
+        return mean_place(scores.flatten(1).softmax(1).view_as(scores))
+
+
+class LearnedEye(Eye):
+    """Looks at what looks, in a still frame, like what will move: two small networks learn it from frames alone.
+
+    The coarse one points at one of the squares of 4 x 4 pixels of the whole frame, the fine one at pixels of the
+    cut-out around that square; the spot is the mean place under its attention. Nothing but frames teaches them:
+
+    - What changes between two frames is what moved. The loss of both is -log of the share of their attention, a
+      softmax, that lies on pixels that changed. So they must be sure of some of what moves, not find all of it.
+    - What moves has inertia. How much the spot's velocity changes from frame to frame, its acceleration, is a loss of
+      the fine one, which thus prefers the body to the flames that come and go.
+    - The entropy of the fine attention is a bonus: it shall lie on all of the body, and the spot in its middle.
+
+    They learn before training from random play (`calibrate`), and go on in each update: `losses`.
+    """
+
+    decisions_apart = 4  # random play then comes down to the ground
+    inertia_coef, entropy_coef = 2.0, 0.1
+
+    def __init__(self, planes, size, subpixel=True, channels=16):
+        super().__init__(planes, size, subpixel)
+        self.coarse = nn.Sequential(
+            nn.Conv2d(planes, channels, 8, stride=4, padding=2), nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, 1, 1))
+        self.fine = nn.Sequential(
+            nn.Conv2d(planes, channels // 2, 5, padding=2), nn.ReLU(),
+            nn.Conv2d(channels // 2, channels, 3, padding=2, dilation=2), nn.ReLU(),  # to see a whole lander: 13 pixels
+            nn.Conv2d(channels, channels, 3, padding=2, dilation=2), nn.ReLU(), nn.Conv2d(channels, 1, 1))
+
+    @staticmethod
+    def attention(network, pixels):
+        """log of the attention, float32 (B, h, w), for pixels in 0..1."""
+        scores = network(pixels - 0.25)[:, 0]
+        return scores.flatten(1).log_softmax(1).view_as(scores)
+
+    def center(self, frames):
+        return self.likeliest(self.attention(self.coarse, frames.float() / 255))
+
+    @staticmethod
+    def likeliest(log_attention):
+        """The middle of the square with most attention, float32 (B, 2): of two places, better one than between them."""
+        best = log_attention.flatten(1).argmax(1)
+        columns = log_attention.shape[2]
+        return torch.stack([best % columns, best // columns], 1) * 4 + 1.5
+
+    def centroid(self, pixels):
+        return mean_place(self.attention(self.fine, pixels).exp())
+
+    def loss(self, stacks):
+        """The loss on stacks of frames, uint8 (B, S, C, H, W), S >= 3: a scalar."""
+        b, s = stacks.shape[:2]
+        # Each frame is compared with the farthest in its stack: the farther, the more of a body has moved.
+        others = [s - 1 if i < s / 2 else 0 for i in range(s)]
+        changed = (stacks.short() - stacks[:, others].short()).abs().amax(2).flatten(0, 1) > MOVED  # (B * S, H, W)
+        frames, changed = stacks.flatten(0, 1), changed[:, None].float()
+        with torch.autocast(frames.device.type, enabled=False):
+            coarse = self.attention(self.coarse, frames.float() / 255)
+            limit = self.limit(frames)
+            corner = (self.likeliest(coarse.detach()) - self.size / 2).round().clamp(torch.zeros_like(limit), limit)
+            fine = self.attention(self.fine, self.cut(frames, corner.long(), self.size).float() / 255)
+            spot = (corner + mean_place(fine.exp())).view(b, s, 2)
+            acceleration = spot[:, 2:] - 2 * spot[:, 1:-1] + spot[:, :-2]  # pixels per decision squared
+            near = acceleration.detach().norm(dim=2) < self.size / 8  # farther apart are two things, one by mistake
+            inertia = F.huber_loss(acceleration, torch.zeros_like(acceleration), reduction="none").sum(2)
+            inertia = (inertia * near).mean()
+            entropy = -(fine.exp() * fine).flatten(1).sum(1).mean()
+            squares = F.max_pool2d(F.pad(changed, (2, 2, 2, 2)), 8, stride=4)  # what a unit of `coarse` sees
+            missed = self.missed(coarse, squares) + self.missed(fine, self.cut(changed, corner.long(), self.size))
+            return missed + self.inertia_coef * inertia - self.entropy_coef * entropy
+
+    @staticmethod
+    def missed(log_attention, changed):
+        """-log of the share of attention on what changed, the mean of those of B frames in which anything did."""
+        changed = changed.flatten(1) > 0
+        anything = changed.any(1)
+        hit = log_attention.flatten(1).masked_fill(~changed & anything[:, None], -torch.inf).logsumexp(1)
+        return -(hit * anything).sum() / anything.sum().clamp(min=1)
+
+    def calibrate(self, stacks, steps=300, batch=16):
+        """Learn from frames of random play, uint8 (B, S * C, H, W); CalibrationError if nothing moves in them."""
+        stacks = stacks.unflatten(1, (-1, self.planes))
+        if not ((stacks[:, 0].short() - stacks[:, -1].short()).abs() > MOVED).any():
+            raise CalibrationError
+        optimizer = torch.optim.Adam(self.parameters(), lr=3e-3)
+        for _ in range(steps):
+            loss = self.loss(stacks[torch.randint(len(stacks), (batch,)).to(stacks.device)])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        self.zero_grad()
+
+
+EYES = {"colour": ColourEye, "learned": LearnedEye}
