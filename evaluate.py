@@ -44,13 +44,13 @@ GRAVITIES, WINDS = [-4.0, -6.0, -8.0, -10.0, -11.9], [0.0, 5.0, 10.0, 15.0, 20.0
 
 
 @torch.no_grad()
-def play(policy, env_config, seeds, sample_seed=None, rendered=False, recorder=None, progress=None):
+def play(policy, env_config, seeds, sample_seed=None, rendered=False, recorder=None, progress=None, check=None):
     """Play one episode per seed, many side by side so that the policy sees them as one batch.
 
     Greedy, or, with sample_seed, actions sampled from generators seeded with (sample_seed, episode's seed). rendered:
     frames are those of the unmodified environment's `render()`, as videos and reported scores need them.
-    A VideoRecorder is told when an episode begins, what is decided in it, and when it ends. Returns (returns, lengths,
-    outcomes), arrays in the order of `seeds`.
+    A VideoRecorder is told when an episode begins, what is decided in it, and when it ends. `check`, called before each
+    decision, may raise to end all episodes. Returns (returns, lengths, outcomes), arrays in the order of `seeds`.
     """
     policy.eval()
     device = next(policy.parameters()).device
@@ -68,6 +68,8 @@ def play(policy, env_config, seeds, sample_seed=None, rendered=False, recorder=N
     for _ in range(min(MAX_EPISODES, len(seeds))):
         begin(make_env(rendered=rendered, **env_config.settings()))
     while playing:
+        if check:
+            check()
         frames = torch.from_numpy(np.stack([frames for _, _, frames, _ in playing])).to(device)
         output = policy(*policy.preprocess_stacks(frames))
         if sample_seed is None:
@@ -124,8 +126,11 @@ def summarize(task, returns, lengths, outcomes):
 
 
 def evaluate(policy, config, checkpoint, output, episodes=100, seed=EVALUATION_SEED, videos=0, sample=False,
-             report_name="report.json", video_name="seed-{seed}", panel=False):
-    """Score `policy`, print the report, write it and the videos of the first `videos` episodes; the report."""
+             report_name="report.json", video_name="seed-{seed}", panel=False, check=None):
+    """Score `policy`, print the report, write it and the videos of the first `videos` episodes; the report.
+
+    For `check`, see `play`.
+    """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     make_panel = None
@@ -141,7 +146,7 @@ def evaluate(policy, config, checkpoint, output, episodes=100, seed=EVALUATION_S
     with recorder, tqdm(total=episodes, desc="evaluating", unit="episode", disable=quiet, leave=False) as progress:
         results = play(
             policy, config.env, range(seed, seed + episodes), sample_seed=seed if sample else None,
-            rendered=True, recorder=recorder, progress=progress)
+            rendered=True, recorder=recorder, progress=progress, check=check)
     report = {
         "checkpoint": str(checkpoint),
         "policy": config.model.name,

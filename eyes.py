@@ -203,11 +203,15 @@ class LearnedEye(Eye):
 
     @staticmethod
     def missed(log_attention, changed):
-        """-log of the share of attention on what changed, the mean of those of B frames in which anything did."""
-        changed = changed.flatten(1) > 0
-        anything = changed.any(1)
-        hit = log_attention.flatten(1).masked_fill(~changed & anything[:, None], -torch.inf).logsumexp(1)
-        return -(hit * anything).sum() / anything.sum().clamp(min=1)
+        """-log of the share of attention on what changed, a mean over B frames. changed: float (B, ..., h, w), 0 or 1.
+
+        A frame counts as much as pixels changed in it: of a body that hardly moves, only the edges change.
+        """
+        changed = changed.flatten(1)
+        weight = changed.sum(1)
+        off = (changed == 0) & (weight > 0)[:, None]
+        hit = log_attention.flatten(1).masked_fill(off, -torch.inf).logsumexp(1)
+        return -(hit * weight).sum() / weight.sum().clamp(min=1)
 
     def calibrate(self, stacks, steps=300, batch=16):
         """Learn from frames of random play, uint8 (B, S * C, H, W); CalibrationError if nothing moves in them."""

@@ -332,6 +332,7 @@ class Run:
         self.processes.leave()
         if not self.tracker:
             return
+        self.watch.deferred = True  # an exception that a handler raises in the midst of a library may be lost there
         try:
             self._score()
         except OSError as error:
@@ -355,7 +356,7 @@ class Run:
         for sample, name, videos in ((False, "report.json", settings.videos), (True, "report_sampled.json", 0)):
             reports.append(self.evaluate(
                 policy, config, folder, folder, settings.episodes, videos=videos, sample=sample, report_name=name,
-                video_name="best-seed-{seed}"))
+                video_name="best-seed-{seed}", check=self.watch.check))
             self.tracker.artifact(folder / name)
         self.tracker.artifact(folder / "videos", "videos")
         self.tracker.best(best, reports)

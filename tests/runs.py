@@ -13,21 +13,23 @@ from pathlib import Path
 import mlflow
 import psutil
 import pytest
+import torch
 
+import train
 from evaluate import evaluate, play
 from machinery.processes import SINGLE_PROCESS
 from machinery.run import open_run
 from machinery.terminal import Progress
 from plot import draw_run
-from train import Trainer
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "cnn.yaml"
 HELD = ROOT / "tests" / "held.py"
 TINY = [
-    "env.num_envs=4", "ppo.num_steps=32", "ppo.num_minibatches=2", "ppo.total_frames=3000", "evaluation.interval=2000",
+    "env.num_envs=4", "ppo.num_steps=32", "ppo.num_minibatches=2", "ppo.total_frames=3000", "evaluation.interval=3000",
     "evaluation.selection_episodes=2", "evaluation.episodes=2", "evaluation.videos=1", "model.features=32",
     "tracking.checkpoint_interval=500", "run.num_threads=1"]
+THREADS = torch.get_num_threads()
 BARE = ["tracking.mlflow=false", "evaluation.episodes=0"]  # for runs whose end does not matter
 
 
@@ -40,6 +42,13 @@ def run(folder, *args, ok=True, **environment):
                           env=os.environ | environment)
     assert not ok or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def run_here(folder, *args):
+    """As `run`, in this process: without the seconds in which a new one loads everything."""
+    torch.set_num_threads(THREADS)  # as many as a new process has: first weights depend on it
+    with inside(folder):
+        train.main([*map(str, args)])
 
 
 def start(folder, *args, held=None):
@@ -66,19 +75,27 @@ def no_room(size=1):
 
 
 @contextmanager
-def begun(folder, overrides):
-    """The Run of a new training, runs/begun in `folder`, just before its first iteration."""
+def inside(folder):
+    """`folder` is the working folder meanwhile."""
     here = os.getcwd()
     os.chdir(folder)
     try:
-        args = argparse.Namespace(resume=None, config=str(CONFIG), overrides=[*overrides, "run.name=begun"])
-        with open_run(args, SINGLE_PROCESS, play, evaluate, draw_run) as run, closing(Trainer(run.config)) as trainer:
-            run.watch.deferred, run.trainer, run.progress = True, trainer, Progress(1, 0, silent=True)
-            run._take_snapshot()
-            run.saved_frames = 0
-            yield run
+        yield
     finally:
         os.chdir(here)
+
+
+@contextmanager
+def begun(folder, overrides):
+    """The Run of a new training, runs/begun in `folder`, just before its first iteration."""
+    args = argparse.Namespace(resume=None, config=str(CONFIG), overrides=[*overrides, "run.name=begun"])
+    with (
+            inside(folder), open_run(args, SINGLE_PROCESS, play, evaluate, draw_run) as run,
+            closing(train.Trainer(run.config)) as trainer):
+        run.watch.deferred, run.trainer, run.progress = True, trainer, Progress(1, 0, silent=True)
+        run._take_snapshot()
+        run.saved_frames = 0
+        yield run
 
 
 def rows(folder):

@@ -8,7 +8,9 @@ import sqlite3
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import psutil
@@ -21,6 +23,7 @@ from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 import train
 from machinery.checkpoint import load_checkpoint, load_policy
 from machinery.config import load_config
+from machinery.signals import Interrupted
 from machinery.tracking import Tracker, TrackingError
 from runs import (
     BARE,
@@ -33,6 +36,7 @@ from runs import (
     only_run,
     rows,
     run,
+    run_here,
     start,
     wait,
     wait_for_rows,
@@ -45,6 +49,11 @@ UNLIMITED = (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY)
 
 def refused(folder, *args, **environment):
     """The one line with which a command line is refused."""
+    if not environment:
+        with pytest.raises(SystemExit) as ended:
+            run_here(folder, *args)
+        assert "\n" not in ended.value.code
+        return ended.value.code
     done = run(folder, *args, ok=False, **environment)
     assert done.returncode == 1, done.stdout + done.stderr
     (line,) = done.stderr.strip().splitlines()
@@ -76,7 +85,7 @@ def test_full_disk(lifted, tmp_path):
         assert process.returncode == 1
         assert "the last checkpoint could not be saved (File too large)" in output.splitlines()[-1]
         assert state["counters"]["env_frames"] < 6000
-        run(tmp_path, "--resume", "latest")  # once there is room
+        run_here(tmp_path, "--resume", "latest")  # once there is room
         assert load_checkpoint(here)["counters"]["env_frames"] >= 6000
     assert [int(row["frames"]) for row in rows(here)] == sorted({int(row["frames"]) for row in rows(here)})
 
@@ -129,6 +138,22 @@ def test_final_score_that_is_stopped_or_killed_is_done_again(tmp_path):
     assert (here / "report.json").exists()
     assert rows(here) == table  # nothing was trained again
     assert only_run(tmp_path)[1].info.status == "FINISHED"
+
+
+def test_a_signal_that_comes_in_a_callback_is_not_lost(tmp_path):
+    """Python drops what is raised in the callback of a weak reference; matplotlib has thousands of them."""
+    def draw_run(*_):
+        thing = SimpleNamespace()
+        reference = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        del thing
+        assert reference() is None
+
+    with begun(tmp_path, [*TINY, *BARE, "evaluation.episodes=2"]) as run:
+        run.draw_run, run.watch.deferred = draw_run, False
+        run.tracker = SimpleNamespace(artifact=lambda *_: None, best=lambda *_: pytest.fail("scored to the end"))
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            run.score()
+        assert not (run.folder / "report.json").exists()
 
 
 def test_second_interrupt_leaves_at_once(tmp_path):
@@ -198,13 +223,13 @@ def test_weights_that_are_not_finite_are_named(a_run):
 
 
 def test_resume_with_another_policy_or_other_frames(tmp_path):
-    run(tmp_path, "--config", CONFIG, "run.name=x", *TINY, *BARE)
+    run_here(tmp_path, "--config", CONFIG, "run.name=x", *TINY, *BARE)
     for override, saved in (("model.name=transformer", "'cnn'"), ("env.frame_stack=3", "4"), ("ppo.gamma=0.5", "0.99")):
         key, value = override.split("=")
         assert f"{key} was {saved}, asked for {value}" in refused(tmp_path, "--resume", "latest", override)
     assert "unknown key ppo.gama" in refused(tmp_path, "--resume", "latest", "ppo.gama=0.5")
     before = len(rows(tmp_path / "runs" / "x"))
-    run(tmp_path, "--resume", "runs/x", "ppo.total_frames=4000")
+    run_here(tmp_path, "--resume", "runs/x", "ppo.total_frames=4000")
     assert len(rows(tmp_path / "runs" / "x")) > before
 
 
@@ -278,7 +303,7 @@ def test_two_runs_begun_at_once_share_a_new_store(tmp_path):
 
 
 def test_deleted_mlflow_run_gets_a_successor(tmp_path):
-    run(tmp_path, "--config", CONFIG, "run.name=x", *TINY, "evaluation.episodes=0")
+    run_here(tmp_path, "--config", CONFIG, "run.name=x", *TINY, "evaluation.episodes=0")
     client, found = only_run(tmp_path)
     client.delete_run(found.info.run_id)
     done = run(tmp_path, "--resume", "latest", "ppo.total_frames=4000")

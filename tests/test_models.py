@@ -1,14 +1,12 @@
 from pathlib import Path
+from types import SimpleNamespace
 
-import cv2
 import numpy as np
 import pytest
 import torch
 import torchvision
 from torch import nn
 
-from camera import shrink
-from eyes import CalibrationError, ColourEye
 from lander import Lander
 from machinery.config import ConfigError, check_config, load_config
 from models import (
@@ -59,74 +57,6 @@ def calibrated(name, frames, **options):
     return policy.eval()
 
 
-def test_glimpse_learns_from_motion_what_to_look_at():
-    """A blue square moves over black and white, past yellow flags that do not: the eye must follow it."""
-    def picture(x, y):
-        frame = torch.zeros(3, 100, 150, dtype=torch.uint8)
-        frame[:2, 80:83, 60:65] = frame[:2, 80:83, 90:95] = 200
-        frame[:, 90:] = 255
-        frame[:, y : y + 6, x : x + 8] = torch.tensor([100, 90, 220], dtype=torch.uint8)[:, None, None]
-        return frame
-
-    places = [(20 + 5 * i, 10 + 3 * i) for i in range(12)]
-    frames = torch.stack([picture(x, y) for x, y in places])
-    eye = ColourEye(3, 32, subpixel=False)
-    eye.calibrate(torch.cat([frames[:-1], frames[1:]], 1))
-    crops, positions = eye(frames)
-    assert crops.shape == (12, 3, 32, 32)
-    for (x, y), position, crop in zip(places, positions, crops, strict=True):
-        assert position[0].item() == pytest.approx((x + 3.5) / 149 * 2 - 1, abs=0.01)
-        assert position[1].item() == pytest.approx((y + 2.5) / 99 * 2 - 1, abs=0.01)
-        assert (crop[2] == 220).sum() == 48  # all of the square is in the glimpse
-
-
-def test_glimpse_is_cut_from_the_frame_unchanged(frames):
-    policy = calibrated("cnn", frames, subpixel=False)
-    newest = frames[:, -3:]
-    crops, _ = policy.eye(newest)
-    for frame, crop in zip(newest, crops, strict=True):
-        windows = frame.unfold(1, 32, 1).unfold(2, 32, 1)  # (3, 69, 119, 32, 32)
-        assert (windows == crop[:, None, None]).flatten(3).all(3).all(0).any()
-
-
-def test_subpixel_glimpse_does_not_shake():
-    """A shape that moves by quarters of a pixel looks the same in each glimpse, in the middle, at any place."""
-    def picture(x, y):
-        canvas = np.zeros((400, 600, 3), np.uint8)
-        cv2.fillPoly(canvas, [np.int32([(x, y), (x + 40, y + 8), (x + 32, y + 36), (x + 4, y + 28)])], (100, 90, 220))
-        return torch.from_numpy(shrink(canvas, 4, color=True))
-
-    frames = torch.stack([picture(200 + 5 * i, 100 + 3 * i) for i in range(16)])
-    shaking = {}
-    for subpixel in (True, False):
-        eye = ColourEye(3, 32, subpixel)
-        eye.calibrate(torch.cat([frames[:-1], frames[1:]], 1))
-        crops, positions = eye(frames)
-        crops = crops.float()
-        shaking[subpixel] = (crops - crops.mean(0)).abs().mean().item()
-        if subpixel:
-            assert (eye.centroid(crops / 255) - 15.5).abs().max() < 0.35  # pixels
-            steps = positions.diff(dim=0) * torch.tensor([149 / 2, 99 / 2])
-            torch.testing.assert_close(steps, torch.tensor([5 / 4, 3 / 4]).expand(15, 2), atol=0.6, rtol=0)
-    assert shaking[True] < shaking[False] / 3
-
-
-def test_glimpse_at_the_edge_stays_inside():
-    """Wherever the spot is, in the corners too, the glimpse is a piece of the picture that holds it."""
-    for height, width in ((0, 0), (0, 144), (94, 0), (94, 144)):
-        pictures = torch.zeros(2, 3, 100, 150, dtype=torch.uint8)
-        pictures[0, :, 40:46, 40:46] = pictures[1, :, height : height + 6, width : width + 6] = 255
-        eye = ColourEye(3, 32)
-        eye.calibrate(pictures.flatten(0, 1)[None])
-        crop = eye(pictures)[0][1]
-        assert (crop == 255).sum() == 3 * 36
-
-
-def test_glimpse_needs_motion(frames):
-    with pytest.raises(CalibrationError, match="nothing moves"):
-        ColourEye(3, 32).calibrate(frames[:1, -3:].repeat(1, 2, 1, 1))
-
-
 def test_pictures_are_taken_as_they_are_or_in_the_mirror():
     pictures = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 2, 3, 4), dtype=np.uint8))
     taken = take(pictures, torch.tensor([4, 0, 4]), torch.tensor([True, False, False]))
@@ -155,6 +85,39 @@ def test_whole_gray_frames_without_the_eye(name, frames):
     policy.calibrate(gray)
     output = policy.eval()(*policy.preprocess_stacks(gray))
     assert (output.distribution.logits.shape, output.value.shape) == ((5, 4), (5,))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_whole_frames_in_the_mirror_give_mirrored_actions(name, frames):
+    """Without an eye the policy is the mean of two views, whatever its weights are."""
+    torch.manual_seed(0)
+    policy = make_policy(POLICIES[name].Options(eye="none", width=32) if name != "cnn" else POLICIES[name].Options(
+        eye="none"), Spaces(4, 3, 25, 38, num_actions=4, mirrored_actions=MIRRORED_ACTIONS)).eval()
+    nn.init.normal_(policy.actor.weight)
+    small = frames[:6, :, ::4, ::4].contiguous()
+    with torch.no_grad():
+        logits, value = answer(policy, *policy.preprocess_stacks(small))
+        mirrored_logits, mirrored_value = answer(policy, *policy.preprocess_stacks(small.flip(3)))
+    assert (logits.shape, value.shape) == ((6, 4), (6,))
+    torch.testing.assert_close(mirrored_logits[:, [0, 3, 2, 1]], logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mirrored_value, value, atol=1e-5, rtol=1e-5)
+    assert (logits[:, 1] - logits[:, 3]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_learned_eye_goes_on_learning_with_its_policy(name, frames):
+    torch.manual_seed(0)
+    policy = make_policy(POLICIES[name].Options(eye="learned"), SPACES).train()
+    frame_store, frame_ids = policy.preprocess_stacks(frames)
+    assert policy(frame_store, frame_ids).losses == {}
+    losses = policy(frame_store, frame_ids, SimpleNamespace(frame_store=frame_store, frame_ids=frame_ids)).losses
+    assert list(losses) == ["eye"]
+    losses["eye"].backward()
+    learning = {key for key, parameter in policy.named_parameters() if parameter.grad is not None}
+    assert learning == {key for key, _ in policy.named_parameters() if key.startswith("eye.")}
+    groups = [(group["lr_scale"], len(group["params"])) for group in policy.parameter_groups()]
+    assert (0.02, len(learning)) in groups
+    assert sum(count for _, count in groups) == len(list(policy.parameters()))
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -24,6 +24,7 @@ from runs import (
     only_run,
     rows,
     run,
+    run_here,
     start,
     wait_for_rows,
     wait_until_held,
@@ -74,7 +75,7 @@ def test_mlflow_has_what_the_csv_has(whole_run):
 
 def test_same_seed_same_numbers(whole_run, tmp_path):
     folder, _ = whole_run
-    run(tmp_path, "--config", CONFIG, "run.name=again", "tracking.mlflow=false", *TINY)
+    run_here(tmp_path, "--config", CONFIG, "run.name=again", "tracking.mlflow=false", *TINY)
     assert without_speed(rows(tmp_path / "runs" / "again")) == without_speed(rows(folder / "runs" / "whole"))
 
 
@@ -98,7 +99,7 @@ def test_resumed_run_equals_the_run_that_was_never_stopped(number, whole_group, 
         assert only_run(tmp_path)[1].info.status == "KILLED"
     assert psutil.wait_procs(children, timeout=20)[1] == []  # no worker is left behind
 
-    run(tmp_path, "--resume", "latest")
+    run_here(tmp_path, "--resume", "latest")
     assert without_speed(rows(here)) == without_speed(rows(folder / "runs" / "whole"))
     resumed, whole = load_checkpoint(here), load_checkpoint(folder / "runs" / "whole")
     assert resumed["landers"] == whole["landers"]
@@ -146,7 +147,7 @@ def test_a_goal_lowered_before_the_first_score_is_scored_too(tmp_path):
     wait_for_rows(process, here, 2)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    run(tmp_path, "--resume", "latest", "ppo.total_frames=500")
+    run_here(tmp_path, "--resume", "latest", "ppo.total_frames=500")
     assert json.loads((here / "report.json").read_text())["episodes"] == 2
 
 
@@ -166,18 +167,21 @@ def test_existing_run_is_not_overwritten(whole_run):
 
 
 def test_continuous_engines_in_wind_stopped_and_resumed_equal_the_run_that_was_never_stopped(tmp_path):
+    """With an eye that learns, in gray."""
     settings = ["--config", CONFIG, *TINY, "tracking.mlflow=false", "env.continuous=true", "env.enable_wind=true",
-                "env.gravity=[-12,-8]"]
-    run(tmp_path, *settings, "run.name=whole")
+                "env.gravity=[-12,-8]", "env.color=false", "env.shrink_factor=10", "model.eye=learned",
+                "model.glimpse=16"]
+    run_here(tmp_path, *settings, "run.name=whole")
     process = start(tmp_path, *settings, "run.name=stopped", held=3)
     wait_until_held(process, tmp_path, 3)
     process.terminate()
     go(tmp_path, 3)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 143, output
-    run(tmp_path, "--resume", "runs/stopped")
+    run_here(tmp_path, "--resume", "runs/stopped")
     whole, stopped = (rows(tmp_path / "runs" / name) for name in ("whole", "stopped"))
     assert without_speed(stopped) == without_speed(whole)
+    assert all(float(row["update/eye_loss"]) != 0 for row in whole)
     report = json.loads((tmp_path / "runs" / "stopped" / "report.json").read_text())
     assert report["env"] == {"id": "LunarLander-v3", "continuous": True, "enable_wind": True, "gravity": [-12, -8]}
     assert report["returns"] == json.loads((tmp_path / "runs" / "whole" / "report.json").read_text())["returns"]
@@ -186,7 +190,7 @@ def test_continuous_engines_in_wind_stopped_and_resumed_equal_the_run_that_was_n
 def test_learning_shows_in_a_minute(tmp_path):
     """Half of a real run of the quick config: the return rises far above that of random play, which is about -180."""
     run(tmp_path, "--config", ROOT / "configs/quick.yaml", "run.name=quick", "tracking.mlflow=false",
-        "evaluation.episodes=0", "ppo.total_frames=100_000")
+        "evaluation.episodes=0", "ppo.total_frames=80_000")
     table = rows(tmp_path / "runs" / "quick")
     first, last = float(table[2]["rollout/return_mean"]), float(table[-1]["rollout/return_mean"])
     assert first < -100

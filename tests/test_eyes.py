@@ -1,0 +1,146 @@
+"""Eyes: what they look at, and what they cut out there."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from test_models import lander_frames
+
+from camera import shrink
+from eyes import EYES, CalibrationError, ColourEye, LearnedEye
+
+
+@pytest.fixture(scope="module")
+def frames():
+    return lander_frames()
+
+
+def test_glimpse_learns_from_motion_what_to_look_at():
+    """A blue square moves over black and white, past yellow flags that do not: the eye must follow it."""
+    def picture(x, y):
+        frame = torch.zeros(3, 100, 150, dtype=torch.uint8)
+        frame[:2, 80:83, 60:65] = frame[:2, 80:83, 90:95] = 200
+        frame[:, 90:] = 255
+        frame[:, y : y + 6, x : x + 8] = torch.tensor([100, 90, 220], dtype=torch.uint8)[:, None, None]
+        return frame
+
+    places = [(20 + 5 * i, 10 + 3 * i) for i in range(12)]
+    frames = torch.stack([picture(x, y) for x, y in places])
+    eye = ColourEye(3, 32, subpixel=False)
+    eye.calibrate(torch.cat([frames[:-1], frames[1:]], 1))
+    crops, positions = eye(frames)
+    assert crops.shape == (12, 3, 32, 32)
+    for (x, y), position, crop in zip(places, positions, crops, strict=True):
+        assert position[0].item() == pytest.approx((x + 3.5) / 149 * 2 - 1, abs=0.01)
+        assert position[1].item() == pytest.approx((y + 2.5) / 99 * 2 - 1, abs=0.01)
+        assert (crop[2] == 220).sum() == 48  # all of the square is in the glimpse
+
+
+def test_glimpse_is_cut_from_the_frame_unchanged(frames):
+    eye = ColourEye(3, 32, subpixel=False)
+    eye.calibrate(frames)
+    newest = frames[:, -3:]
+    crops, _ = eye(newest)
+    for frame, crop in zip(newest, crops, strict=True):
+        windows = frame.unfold(1, 32, 1).unfold(2, 32, 1)  # (3, 69, 119, 32, 32)
+        assert (windows == crop[:, None, None]).flatten(3).all(3).all(0).any()
+
+
+def test_subpixel_glimpse_does_not_shake():
+    """A shape that moves by quarters of a pixel looks the same in each glimpse, in the middle, at any place."""
+    def picture(x, y):
+        canvas = np.zeros((400, 600, 3), np.uint8)
+        cv2.fillPoly(canvas, [np.int32([(x, y), (x + 40, y + 8), (x + 32, y + 36), (x + 4, y + 28)])], (100, 90, 220))
+        return torch.from_numpy(shrink(canvas, 4, color=True))
+
+    frames = torch.stack([picture(200 + 5 * i, 100 + 3 * i) for i in range(16)])
+    shaking = {}
+    for subpixel in (True, False):
+        eye = ColourEye(3, 32, subpixel)
+        eye.calibrate(torch.cat([frames[:-1], frames[1:]], 1))
+        crops, positions = eye(frames)
+        crops = crops.float()
+        shaking[subpixel] = (crops - crops.mean(0)).abs().mean().item()
+        if subpixel:
+            assert (eye.centroid(crops / 255) - 15.5).abs().max() < 0.35  # pixels
+            steps = positions.diff(dim=0) * torch.tensor([149 / 2, 99 / 2])
+            torch.testing.assert_close(steps, torch.tensor([5 / 4, 3 / 4]).expand(15, 2), atol=0.6, rtol=0)
+    assert shaking[True] < shaking[False] / 3
+
+
+def test_glimpse_at_the_edge_stays_inside():
+    """Wherever the spot is, in the corners too, the glimpse is a piece of the picture that holds it."""
+    for height, width in ((0, 0), (0, 144), (94, 0), (94, 144)):
+        pictures = torch.zeros(2, 3, 100, 150, dtype=torch.uint8)
+        pictures[0, :, 40:46, 40:46] = pictures[1, :, height : height + 6, width : width + 6] = 255
+        eye = ColourEye(3, 32)
+        eye.calibrate(pictures.flatten(0, 1)[None])
+        crop = eye(pictures)[0][1]
+        assert (crop == 255).sum() == 3 * 36
+
+
+@pytest.mark.parametrize("eye", EYES.values())
+def test_glimpse_needs_motion(eye, frames):
+    with pytest.raises(CalibrationError, match="nothing moves"):
+        eye(3, 32).calibrate(frames[:1, -3:].repeat(1, 4, 1, 1))
+
+
+def drifting(count, seed):
+    """Stacks of three gray frames, uint8 (count, 3, 48, 64), and where the body is in the newest, float32 (count, 2).
+
+    A body of two gray squares, one dark and one bright, moves evenly over stripes; beside it, now here, now there and
+    often nowhere, a bright spark flickers.
+    """
+    rng, stacks, places = np.random.default_rng(seed), [], []
+    for _ in range(count):
+        place, speed = rng.uniform([8, 8], [52, 36]), rng.uniform(-3, 3, 2)
+        stack = []
+        for t in range(3):
+            frame = np.full((48, 64), 90, np.uint8)
+            frame[::8] = 160
+            x, y = (int(v) for v in (place + speed * (t - 2)).round())
+            frame[y - 3 : y + 3, x - 3 : x], frame[y - 3 : y + 3, x : x + 3] = 20, 230
+            if rng.random() < 0.5:
+                dx, dy = rng.integers(-7, 6), rng.integers(4, 7)
+                frame[y + dy : y + dy + 2, x + dx : x + dx + 2] = 255
+            stack.append(frame)
+        stacks.append(np.stack(stack))
+        places.append([x - 0.5, y - 0.5])
+    return torch.from_numpy(np.stack(stacks)), torch.tensor(places)
+
+
+def test_a_learned_eye_finds_in_gray_what_moves_and_leaves_out_what_flickers():
+    torch.manual_seed(0)
+    eye = LearnedEye(1, 16)
+    eye.calibrate(drifting(128, 0)[0], steps=150)
+    stacks, places = drifting(200, 1)  # that it never saw
+    error = (eye.find(stacks[:, -1:])[0] - places).norm(dim=1)
+    assert (error < 2).float().mean() > 0.9
+    crops, positions = eye(stacks[:, -1:])
+    assert (crops.shape, crops.dtype) == ((200, 1, 16, 16), torch.uint8)
+    assert positions.abs().max() <= 1
+
+
+def test_a_learned_eye_is_surer_of_what_changed_the_lower_its_loss():
+    """With all attention on pixels that changed, the first two losses are 0; on those that did not, they are large."""
+    changed = torch.zeros(2, 1, 8, 8)
+    changed[0, 0, 2:4, 2:4] = 1  # in the second frame nothing changed, so it says nothing
+    on, off = torch.full((2, 8, 8), -50.0), torch.full((2, 8, 8), -50.0)
+    on[:, 2, 3], off[:, 6, 6] = 0.0, 0.0
+    assert LearnedEye.missed(on, changed).item() == pytest.approx(0, abs=1e-6)
+    assert LearnedEye.missed(off, changed).item() == pytest.approx(50, abs=2)
+    even = torch.zeros(2, 8, 8).flatten(1).log_softmax(1).view(2, 8, 8)
+    assert LearnedEye.missed(even, changed).item() == pytest.approx(np.log(64 / 4), rel=1e-5)
+    assert LearnedEye.missed(on, 0 * changed).item() == 0
+
+
+def test_a_learned_eye_goes_on_learning_and_still_frames_teach_it_nothing(frames):
+    torch.manual_seed(0)
+    eye = LearnedEye(3, 32)
+    stacks = frames.unflatten(1, (4, 3))
+    eye.loss(stacks).backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in eye.parameters())
+    eye.zero_grad()
+    eye.inertia_coef = eye.entropy_coef = 0.0
+    eye.loss(stacks[:, -1:].expand(-1, 4, -1, -1, -1)).backward()
+    assert all((parameter.grad == 0).all() for parameter in eye.parameters())
