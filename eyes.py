@@ -34,7 +34,8 @@ class Eye(nn.Module):
     With `subpixel` it is cut out exactly around that spot, by bilinear interpolation: two degrees of tilt move the feet
     of a lander by a third of a pixel, which would drown in the jumps of a cut along whole pixels.
 
-    A subclass has `calibrate(stacks)`, `center(frames)` and `centroid(cutouts)`.
+    A subclass has `calibrate(stacks)`; `center(frames)`, roughly the spot; and `centroid(cutouts)`, the spot in each of
+    its cut-outs, uint8 (B, C, size, size). Both are columns and rows of pixels, float32 (B, 2).
     """
 
     decisions_apart = 1  # frames that show it enough to calibrate lie so many decisions of random play apart
@@ -70,7 +71,7 @@ class Eye(nn.Module):
         """
         with torch.autocast(frames.device.type, enabled=False):  # positions are finer than bfloat16 can tell
             corner = self.corner(frames)
-            spot = corner + self.centroid(self.cut(frames, corner.long(), self.size).float() / 255)
+            spot = corner + self.centroid(self.cut(frames, corner.long(), self.size))
             if self.subpixel:
                 limit = self.limit(frames)
                 corner = (spot - (self.size - 1) / 2).clamp(torch.zeros_like(limit), limit)
@@ -124,19 +125,20 @@ class ColourEye(Eye):
 
     def center(self, frames):
         """Roughly the spot, float32 (B, 2): every stride-th pixel is enough to find it."""
-        return self.centroid(frames[:, :, :: self.stride, :: self.stride].float() / 255) * self.stride
+        return self.centroid(frames[:, :, :: self.stride, :: self.stride]) * self.stride
 
-    def centroid(self, pixels):
-        """Mean place under the attention. pixels (B, 3, h, w) in 0..1 -> (B, 2): x in 0..w-1, y in 0..h-1."""
-        scores = torch.einsum("bchw,c->bhw", pixels, self.sharpness * self.direction)
+    def centroid(self, frames):
+        """Mean place under the attention. Pixels 0 to 255, (B, 3, h, w) -> (B, 2): x in 0..w-1, y in 0..h-1."""
+        scores = torch.einsum("bchw,c->bhw", frames.float() / 255, self.sharpness * self.direction)
         return mean_place(scores.flatten(1).softmax(1).view_as(scores))
 
 
 class LearnedEye(Eye):
     """Looks at what looks, in a still frame, like what will move: two small networks learn it from frames alone.
 
-    The coarse one points at one of the squares of 4 x 4 pixels of the whole frame, the fine one at pixels of the
-    cut-out around that square; the spot is the mean place under its attention. Nothing but frames teaches them:
+    The coarse one sees every second row and column of the whole frame, and points at one of its squares of 4 x 4 pixels;
+    the fine one points at pixels of the cut-out around that square. The spot is the mean place under the fine one's
+    attention. Nothing but frames teaches them:
 
     - What changes between two frames is what moved. The loss of both is -log of the share of their attention, a
       softmax, that lies on pixels that changed. So they must be sure of some of what moves, not find all of it.
@@ -153,7 +155,7 @@ class LearnedEye(Eye):
     def __init__(self, planes, size, subpixel=True, channels=16):
         super().__init__(planes, size, subpixel)
         self.coarse = nn.Sequential(
-            nn.Conv2d(planes, channels, 8, stride=4, padding=2), nn.ReLU(),
+            nn.Conv2d(planes, channels, 4, stride=2, padding=1), nn.ReLU(),
             nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, 1, 1))
         self.fine = nn.Sequential(
             nn.Conv2d(planes, channels // 2, 5, padding=2), nn.ReLU(),
@@ -161,13 +163,18 @@ class LearnedEye(Eye):
             nn.Conv2d(channels, channels, 3, padding=2, dilation=2), nn.ReLU(), nn.Conv2d(channels, 1, 1))
 
     @staticmethod
-    def attention(network, pixels):
-        """log of the attention, float32 (B, h, w), for pixels in 0..1."""
-        scores = network(pixels - 0.25)[:, 0]
+    def attention(network, frames):
+        """log of the attention, float32 (B, h, w), for pixels 0 to 255."""
+        scores = network(frames.float().div_(255).sub_(0.25))[:, 0]
         return scores.flatten(1).log_softmax(1).view_as(scores)
 
+    def squares(self, frames):
+        """log of the coarse attention, float32 (B, H // 4, W // 4)."""
+        height, width = frames.shape[2] // 4 * 4, frames.shape[3] // 4 * 4
+        return self.attention(self.coarse, frames[:, :, :height:2, :width:2])
+
     def center(self, frames):
-        return self.likeliest(self.attention(self.coarse, frames.float() / 255))
+        return self.likeliest(self.squares(frames))
 
     @staticmethod
     def likeliest(log_attention):
@@ -176,8 +183,8 @@ class LearnedEye(Eye):
         columns = log_attention.shape[2]
         return torch.stack([best % columns, best // columns], 1) * 4 + 1.5
 
-    def centroid(self, pixels):
-        return mean_place(self.attention(self.fine, pixels).exp())
+    def centroid(self, cutouts):
+        return mean_place(self.attention(self.fine, cutouts).exp())
 
     def loss(self, stacks):
         """The loss on stacks of frames, uint8 (B, S, C, H, W), S >= 3: a scalar."""
@@ -187,17 +194,17 @@ class LearnedEye(Eye):
         changed = (stacks.short() - stacks[:, others].short()).abs().amax(2).flatten(0, 1) > MOVED  # (B * S, H, W)
         frames, changed = stacks.flatten(0, 1), changed[:, None].float()
         with torch.autocast(frames.device.type, enabled=False):
-            coarse = self.attention(self.coarse, frames.float() / 255)
+            coarse = self.squares(frames)
             limit = self.limit(frames)
             corner = (self.likeliest(coarse.detach()) - self.size / 2).round().clamp(torch.zeros_like(limit), limit)
-            fine = self.attention(self.fine, self.cut(frames, corner.long(), self.size).float() / 255)
+            fine = self.attention(self.fine, self.cut(frames, corner.long(), self.size))
             spot = (corner + mean_place(fine.exp())).view(b, s, 2)
             acceleration = spot[:, 2:] - 2 * spot[:, 1:-1] + spot[:, :-2]  # pixels per decision squared
             near = acceleration.detach().norm(dim=2) < self.size / 8  # farther apart are two things, one by mistake
             inertia = F.huber_loss(acceleration, torch.zeros_like(acceleration), reduction="none").sum(2)
             inertia = (inertia * near).mean()
             entropy = -(fine.exp() * fine).flatten(1).sum(1).mean()
-            squares = F.max_pool2d(F.pad(changed, (2, 2, 2, 2)), 8, stride=4)  # what a unit of `coarse` sees
+            squares = F.max_pool2d(F.pad(changed, (2, 2, 2, 2)), 8, stride=4)  # what `coarse` sees of each
             missed = self.missed(coarse, squares) + self.missed(fine, self.cut(changed, corner.long(), self.size))
             return missed + self.inertia_coef * inertia - self.entropy_coef * entropy
 

@@ -143,13 +143,14 @@ def test_final_score_that_is_stopped_or_killed_is_done_again(tmp_path):
 def test_a_signal_that_comes_in_a_callback_is_not_lost(tmp_path):
     """Python drops what is raised in the callback of a weak reference; matplotlib has thousands of them."""
     def draw_run(*_):
-        thing = SimpleNamespace()
+        thing = set()
         reference = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGTERM))
         del thing
         assert reference() is None
 
     with begun(tmp_path, [*TINY, *BARE, "evaluation.episodes=2"]) as run:
         run.draw_run, run.watch.deferred = draw_run, False
+        run.trainer.counters["env_frames"] = 3000
         run.tracker = SimpleNamespace(artifact=lambda *_: None, best=lambda *_: pytest.fail("scored to the end"))
         with pytest.raises(Interrupted, match="SIGTERM"):
             run.score()
