@@ -136,9 +136,9 @@ class ColourEye(Eye):
 class LearnedEye(Eye):
     """Looks at what looks, in a still frame, like what will move: two small networks learn it from frames alone.
 
-    The coarse one sees every second row and column of the whole frame, and points at one of its squares of 4 x 4 pixels;
-    the fine one points at pixels of the cut-out around that square. The spot is the mean place under the fine one's
-    attention. Nothing but frames teaches them:
+    The coarse one sees every second row and column of the whole frame, and points at one of its squares of 4 x 4
+    pixels; the fine one points at pixels of the cut-out around that square. The spot is the mean place under the fine
+    one's attention. Nothing but frames teaches them:
 
     - What changes between two frames is what moved. The loss of both is -log of the share of their attention, a
       softmax, that lies on pixels that changed. So they must be sure of some of what moves, not find all of it.

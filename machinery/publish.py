@@ -44,6 +44,7 @@ CARD = """# {name}: a mean return of {greedy}
 | --- | --- |
 | trained by | `{command}` |
 | training seed | {seed} |
+| priors | {priors} |
 | environment frames | {frames:,} steps of {env}, seen as rendered frames only |
 | wall-clock | {minutes:.0f} minutes on {machine} |
 | mean training return of 100 episodes over {solved:g} | {hit} |
@@ -128,6 +129,12 @@ def command(config, name):
     return " ".join([f"python train.py --config configs/{name}.yaml", *map(shlex.quote, words)])
 
 
+def priors(config):
+    """What a policy knows beforehand: docs/eyes.md says what the words mean."""
+    eye = [] if config.model.eye == "none" else [f"{config.model.eye} eye"]
+    return ", ".join(eye + ["mirror"] * config.model.mirror) or "none"
+
+
 def facts(folder, name=None):
     """What a table row and a card say of results/NAME, or of a run that shall become it, all read from its files."""
     name = name or folder.name
@@ -143,7 +150,7 @@ def facts(folder, name=None):
     options = ", ".join(f"{key} {value}" for key, value in config.env.described().items() if key != "id")
     return {
         "name": name, "policy": config.model.name, "seed": config.run.seed,
-        "id": config.env.id, "solved": config.env.task.solved,
+        "priors": priors(config), "id": config.env.id, "solved": config.env.task.solved,
         "env": config.env.id + (f" with {options}" if options else ""),
         "hit": f"{solved[0] / 1e6:.2f} M frames, {solved[1] / 60:.0f} min" if solved else "not reached",
         "command": command(config, name),
@@ -213,11 +220,11 @@ def table():
     others = {f"{row['id']} {row['solved']:g}": 0 for row in found if row["id"] != ENV_ID}
     mark = f"{solved_mark(ENV_ID):g}" + (f" ({', '.join(others)})" if others else "")
     rows = [
-        f"| config | to a mean training return of {mark} | trained for | greedy, 100 unseen seeds | sampled | landed |",
-        "| --- | --- | --- | --- | --- | --- |"]
+        f"| config | priors | to a training return of {mark} | trained for | greedy | sampled | landed |",
+        "| --- | --- | --- | --- | --- | --- | --- |"]
     for row in found:
         rows.append(
-            f"| [{row['name']}](results/{row['name']}) | {row['hit']} | "
+            f"| [{row['name']}](results/{row['name']}) | {row['priors']} | {row['hit']} | "
             f"{row['frames'] / 1e6:.1f} M frames, {row['minutes']:.0f} min | **{row['greedy']}** | {row['sampled']} | "
             f"{row['landed'].partition(' ')[0] or '-'} |")
     return "\n".join(rows)

@@ -4,10 +4,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.box2d.lunar_lander import SCALE
 from test_models import lander_frames
 
 from camera import shrink
+from envs import make_env
 from eyes import EYES, CalibrationError, ColourEye, LearnedEye
+from machinery.checkpoint import load_policy
+from runs import ROOT
+from task import EVALUATION_SEED, VIEWPORT
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +149,26 @@ def test_a_learned_eye_goes_on_learning_and_still_frames_teach_it_nothing(frames
     eye.inertia_coef = eye.entropy_coef = 0.0
     eye.loss(stacks[:, -1:].expand(-1, 4, -1, -1, -1)).backward()
     assert all((parameter.grad == 0).all() for parameter in eye.parameters())
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("name", ["cnn_learned_eye", "cnn_learned_eye_gray"])
+def test_a_shipped_eye_finds_the_lander_in_frames_that_it_never_saw(name, greedy):
+    """Within two pixels of where the renderer drew its middle, in 95% of the frames that show it."""
+    policy, config, _ = load_policy(ROOT / "results" / name)
+    lander, rng = make_env(**config.env.settings()), np.random.default_rng(0)
+    planes, factor, errors = policy.spaces.planes, config.env.shrink_factor, []
+    for seed in range(EVALUATION_SEED, EVALUATION_SEED + 8):
+        frames, ended = torch.from_numpy(lander.reset(seed).copy())[None], False
+        while not ended:
+            x, y = lander.lander.lander.position
+            drawn = torch.tensor([x * SCALE / factor - 0.5, (VIEWPORT[0] - y * SCALE) / factor - 0.5])
+            if drawn[1] > 0:  # it can fly over the top of the picture
+                errors.append((policy.eye.find(frames[:, -planes:])[0][0] - drawn).norm().item())
+            with torch.no_grad():
+                action = policy(*policy.preprocess_stacks(frames)).distribution.mode().item()
+            frames, _, *ends = lander.step(action if greedy else int(rng.integers(4)))
+            frames, ended = torch.from_numpy(frames.copy())[None], any(ends)
+    assert len(errors) > 100
+    share = np.mean(np.array(errors) < 2)
+    assert share >= 0.95, share
