@@ -58,10 +58,10 @@ class Eye(nn.Module):
         height, width = frames.shape[2:]
         return torch.tensor([width - self.size, height - self.size], device=frames.device)
 
-    def corner(self, frames):
-        """The upper left of the cut-out in which the spot is then measured, whole pixels: float32 (B, 2)."""
+    def corner(self, frames, center):
+        """The upper left of the cut-out around `center` in which the spot is measured, whole pixels: float32 (B, 2)."""
         limit = self.limit(frames)
-        return (self.center(frames) - self.size / 2).round().clamp(torch.zeros_like(limit), limit)
+        return (center - self.size / 2).round().clamp(torch.zeros_like(limit), limit)
 
     @torch.no_grad()
     def find(self, frames):
@@ -70,7 +70,7 @@ class Eye(nn.Module):
         Both are columns and rows of pixels; without `subpixel` the latter are whole.
         """
         with torch.autocast(frames.device.type, enabled=False):  # positions are finer than bfloat16 can tell
-            corner = self.corner(frames)
+            corner = self.corner(frames, self.center(frames))
             spot = corner + self.centroid(self.cut(frames, corner.long(), self.size))
             if self.subpixel:
                 limit = self.limit(frames)
@@ -146,7 +146,7 @@ class LearnedEye(Eye):
       the fine one, which thus prefers the body to the flames that come and go.
     - The entropy of the fine attention is a bonus: it shall lie on all of the body, and the spot in its middle.
 
-    They learn before training from random play (`calibrate`), and go on in each update: `losses`.
+    They learn before training from random play (`calibrate`), and go on in each update (`loss`).
     """
 
     decisions_apart = 4  # random play then comes down to the ground
@@ -195,8 +195,7 @@ class LearnedEye(Eye):
         frames, changed = stacks.flatten(0, 1), changed[:, None].float()
         with torch.autocast(frames.device.type, enabled=False):
             coarse = self.squares(frames)
-            limit = self.limit(frames)
-            corner = (self.likeliest(coarse.detach()) - self.size / 2).round().clamp(torch.zeros_like(limit), limit)
+            corner = self.corner(frames, self.likeliest(coarse.detach()))
             fine = self.attention(self.fine, self.cut(frames, corner.long(), self.size))
             spot = (corner + mean_place(fine.exp())).view(b, s, 2)
             acceleration = spot[:, 2:] - 2 * spot[:, 1:-1] + spot[:, :-2]  # pixels per decision squared

@@ -296,7 +296,8 @@ class Policy(nn.Module):
         features = self.features(frame_store, frame_ids, mirrored)
         output = self.decide(features, mirrored, both)
         if minibatch is not None:
-            output.losses.update(self.losses(features, minibatch))
+            own = features[: len(minibatch.frame_ids)]  # without those of the other view
+            output.losses.update(self.losses(own, minibatch))
         return output
 
     def losses(self, features, minibatch):

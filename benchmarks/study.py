@@ -40,7 +40,7 @@ this folder, and the last table lists them all.
 
 A line is trained by `python train.py --config configs/cnn.yaml run.seed=SEED` and its changed setting. "No glimpse" has
 three: `model.eye=none model.mirror=false env.shrink_factor=8`. The policy then sees whole frames at half the
-resolution, 75x50, and there is no mirror without glimpses. The yardstick is trained by
+resolution, 75x50, without a mirror. The yardstick is trained by
 `python benchmarks/yardstick.py --config configs/cnn.yaml run.seed=SEED`.
 
 - **The eye** is worth the most. Without it the mean return never reaches {SOLVED}. With glimpses cut along whole

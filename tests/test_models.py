@@ -104,6 +104,15 @@ def test_whole_frames_in_the_mirror_give_mirrored_actions(name, frames):
     assert (logits[:, 1] - logits[:, 3]).abs().max() > 1e-3
 
 
+def test_auxiliary_losses_get_the_features_of_the_minibatch_alone(frames):
+    """Without an eye, features are those of two views; a loss is asked about the decisions once."""
+    policy = make_policy(POLICIES["cnn"].Options(eye="none"), SPACES)
+    frame_store, frame_ids = policy.preprocess_stacks(frames[:2])
+    policy.losses = lambda features, minibatch: {"count": torch.tensor(len(features))}
+    output = policy(frame_store, frame_ids, SimpleNamespace(frame_store=frame_store, frame_ids=frame_ids))
+    assert output.losses["count"] == 2
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_learned_eye_goes_on_learning_with_its_policy(name, frames):
     torch.manual_seed(0)
