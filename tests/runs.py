@@ -51,6 +51,19 @@ def run_here(folder, *args):
         train.main([*map(str, args)])
 
 
+def refused(folder, *args, **environment):
+    """The one line with which a command line of train.py is refused."""
+    if not environment:
+        with pytest.raises(SystemExit) as ended:
+            run_here(folder, *args)
+        assert "\n" not in ended.value.code
+        return ended.value.code
+    done = run(folder, *args, ok=False, **environment)
+    assert done.returncode == 1, done.stdout + done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    return line
+
+
 def start(folder, *args, held=None):
     """`held`: after how many updates the run waits for `go`, see held.py."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}

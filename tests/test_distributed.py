@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from machinery.checkpoint import load_checkpoint
-from runs import CONFIG, HELD, ROOT, TINY, go, only_run, rows, run, wait_until_held, without_speed
+from runs import CONFIG, HELD, ROOT, TINY, go, only_run, refused, rows, wait_until_held, without_speed
 
 SETTINGS = ["--config", CONFIG, *TINY, "env.num_workers=1", "evaluation.episodes=0", "ppo.num_steps=16"]
 QUIET = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -99,9 +99,7 @@ def test_stopped_and_killed_it_goes_on_bit_for_bit(whole_run, tmp_path):
     assert psutil.wait_procs(children, timeout=20)[1] == []
     assert load_checkpoint(here)["counters"]["env_frames"] == int(rows(here)[-1]["frames"]) > saved
 
-    alone = run(tmp_path, "--resume", "latest", ok=False)
-    assert alone.returncode == 1
-    (line,) = alone.stderr.strip().splitlines()
+    line = refused(tmp_path, "--resume", "latest")
     assert "of 2 process(es), but 1 were started; go on with: torchrun" in line
 
     ended(torchrun(tmp_path, ROOT / "train.py", "--resume", "latest"))

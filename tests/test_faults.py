@@ -34,6 +34,7 @@ from runs import (
     go,
     no_room,
     only_run,
+    refused,
     rows,
     run,
     run_here,
@@ -45,19 +46,6 @@ from runs import (
 )
 
 UNLIMITED = (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY)
-
-
-def refused(folder, *args, **environment):
-    """The one line with which a command line is refused."""
-    if not environment:
-        with pytest.raises(SystemExit) as ended:
-            run_here(folder, *args)
-        assert "\n" not in ended.value.code
-        return ended.value.code
-    done = run(folder, *args, ok=False, **environment)
-    assert done.returncode == 1, done.stdout + done.stderr
-    (line,) = done.stderr.strip().splitlines()
-    return line
 
 
 @pytest.mark.parametrize("lifted", [True, False])
@@ -117,7 +105,7 @@ def test_interrupt_during_the_start(tmp_path):
         assert psutil.wait_procs(children, timeout=20)[1] == []
 
 
-def test_final_score_that_is_stopped_or_killed_is_done_again(tmp_path):
+def test_final_score_that_is_stopped_or_killed_is_done_again(tmp_path, capsys):
     here, long = tmp_path / "runs" / "x", "evaluation.episodes=20000"
     process = start(tmp_path, "--config", CONFIG, "run.name=x", *TINY, "evaluation.videos=0", long)
     for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
@@ -133,8 +121,8 @@ def test_final_score_that_is_stopped_or_killed_is_done_again(tmp_path):
         if number == signal.SIGTERM:
             assert only_run(tmp_path)[1].info.status == "KILLED"
             process = start(tmp_path, "--resume", "latest")
-    done = run(tmp_path, "--resume", "latest", "evaluation.episodes=2")
-    assert "2, seeds 1000000 to 1000001" in done.stdout
+    run_here(tmp_path, "--resume", "latest", "evaluation.episodes=2")
+    assert "2, seeds 1000000 to 1000001" in capsys.readouterr().out
     assert (here / "report.json").exists()
     assert rows(here) == table  # nothing was trained again
     assert only_run(tmp_path)[1].info.status == "FINISHED"
@@ -303,12 +291,12 @@ def test_two_runs_begun_at_once_share_a_new_store(tmp_path):
         assert process.returncode == 0, error
 
 
-def test_deleted_mlflow_run_gets_a_successor(tmp_path):
+def test_deleted_mlflow_run_gets_a_successor(tmp_path, capsys):
     run_here(tmp_path, "--config", CONFIG, "run.name=x", *TINY, "evaluation.episodes=0")
     client, found = only_run(tmp_path)
     client.delete_run(found.info.run_id)
-    done = run(tmp_path, "--resume", "latest", "ppo.total_frames=4000")
-    assert f"MLflow run {found.info.run_id} is gone; a new one takes its place" in done.stderr
+    run_here(tmp_path, "--resume", "latest", "ppo.total_frames=4000")
+    assert f"MLflow run {found.info.run_id} is gone; a new one takes its place" in capsys.readouterr().err
     client, found = only_run(tmp_path)
     assert found.info.status == "FINISHED"
     steps = sorted(m.step for m in client.get_metric_history(found.info.run_id, "update/entropy"))

@@ -12,8 +12,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from test_evaluate import run_main
 
+import evaluate
 from envs import make_env, make_vector_env
 from frames import shrink
 from machinery.checkpoint import build_policy
@@ -218,10 +218,10 @@ def test_stopped_and_resumed_equals_the_run_that_was_never_stopped(env_id, tmp_p
 
 def test_the_recipe_of_the_page_trains_and_is_scored(tmp_path):
     (tmp_path / "catch.py").write_text(re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1])
-    train, evaluate = re.findall(r"^python (.*)$", PAGE.split("```python")[1], re.MULTILINE)
+    training, scoring = re.findall(r"^python (.*)$", PAGE.split("```python")[1], re.MULTILINE)
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    for line in (f"{train} {shlex.join(TINY)} tracking.mlflow=false", f"{evaluate} --episodes 5 --videos 1"):
+    for line in (f"{training} {shlex.join(TINY)} tracking.mlflow=false", f"{scoring} --episodes 5 --videos 1"):
         script, *words = shlex.split(line)
         done = subprocess.run([sys.executable, ROOT / script, *words], cwd=tmp_path, env=environment, text=True,
                               capture_output=True, timeout=300, check=False)
@@ -231,27 +231,25 @@ def test_the_recipe_of_the_page_trains_and_is_scored(tmp_path):
     assert report["env"] == {"id": "catch:Catch-v0"}
     assert list((tmp_path / "runs" / "catch" / "evaluation" / "videos").glob("*.mp4"))
     # Without its module the run cannot be resumed or scored; that is one line.
-    done = run_main("--checkpoint", tmp_path / "runs" / "catch")
-    assert done.returncode == 1
-    assert "catch:Catch-v0 cannot be made and rendered" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    with pytest.raises(SystemExit, match="catch:Catch-v0 cannot be made and rendered") as ended:
+        evaluate.main(["--checkpoint", str(tmp_path / "runs" / "catch")])
+    assert "\n" not in ended.value.code
 
 
-def test_a_policy_is_scored_in_its_own_environment_and_weather_is_none_of_it(tmp_path):
+def test_a_policy_is_scored_in_its_own_environment_and_weather_is_none_of_it(tmp_path, capsys):
     run_here(tmp_path, "--config", ROOT / "configs" / "cnn.yaml", "run.name=x", *TINY, *CARTPOLE,
              "env.shrink_factor=20", "ppo.total_frames=300", "tracking.mlflow=false")
+    checkpoint = str(tmp_path / "runs" / "x")
     for words, told in (
             (["env.enable_wind=true"], "env.enable_wind is an option of LunarLander-v3"),
             (["env.id=Acrobot-v1"], "env.id: a policy is scored as it was trained; only env.options may differ"),
             (["--grid"], "--grid has the weathers of LunarLander-v3, not of CartPole-v1")):
-        done = run_main("--checkpoint", tmp_path / "runs" / "x", *words)
-        assert done.returncode == 1
-        assert told in done.stderr
+        with pytest.raises(SystemExit, match=re.escape(told)):
+            evaluate.main(["--checkpoint", checkpoint, *words])
     output = tmp_path / "scored"
-    done = run_main("--checkpoint", tmp_path / "runs" / "x", "--episodes", 2, "--videos", 1, "--panel", "--output",
-                    output, "env.options={sutton_barto_reward: true}")
-    assert done.returncode == 0, done.stderr
-    assert "options  sutton_barto_reward True" in done.stdout
+    evaluate.main(["--checkpoint", checkpoint, "--episodes", "2", "--videos", "1", "--panel", "--output", str(output),
+                   "env.options={sutton_barto_reward: true}"])
+    assert "options  sutton_barto_reward True" in capsys.readouterr().out
     assert json.loads((output / "report.json").read_text())["return_max"] <= 0  # other rewards: -1 for a fall
 
 
