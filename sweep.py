@@ -3,9 +3,11 @@
     python sweep.py --config configs/cnn.yaml --seeds 1 2 3
     python sweep.py --config configs/cnn.yaml --seeds 1 2 3 ppo.learning_rate=1e-3,5e-4 ppo.clip_coef=0.1,0.2
     python sweep.py --config configs/cnn.yaml --seeds 1 2 --jobs 2 env.num_workers=1 run.num_threads=1
+    python sweep.py --config configs/cnn.yaml --seeds 1 2 3 --trials 30 ppo.learning_rate=log:3e-4..3e-3
 
-Each is a `train.py` of its own, runs/NAME-SETTING-seed-N, and a child of one MLflow run. The same command goes on where
-it was stopped: finished runs are skipped, unfinished ones resumed.
+Each is a `train.py` of its own, runs/NAME-SETTING-seed-N, and a child of one MLflow run. With --trials, Optuna chooses
+what to try next, and stops what is hopeless. The same command goes on where it was stopped: finished runs are skipped,
+unfinished ones resumed.
 """
 
 import signal
@@ -27,12 +29,12 @@ from pathlib import Path
 import numpy as np
 
 from machinery.checkpoint import CheckpointError, load_checkpoint
-from machinery.config import Config, ConfigError, changed_keys, load_config
+from machinery.config import Config, ConfigError, changed_keys, load_config, masked
 from machinery.errors import first_line, one_line
+from machinery.parent_run import ParentRun
 from machinery.run_folder import RESUMABLE, is_finished
 from machinery.signals import SignalWatch
 from machinery.terminal import Outlet
-from machinery.tracking import cause, connect, store_error
 from plot import PlotError, reached, read_metrics
 
 TRAIN = Path(__file__).parent / "train.py"
@@ -55,6 +57,10 @@ class Job:
             return is_finished(self.config, load_checkpoint(self.folder, warn=lambda _: None))
         except (CheckpointError, KeyError, TypeError):  # nothing that can be gone on with; train.py will tell
             return False
+
+    def score(self):
+        """Mean return of its greedy score."""
+        return json.loads((self.folder / "report.json").read_text())["return_mean"]
 
     def check_folder(self):
         """ConfigError if the run that is there is not this one."""
@@ -102,26 +108,36 @@ def plan(source, name, seeds, overrides):
     return jobs
 
 
-def open_parent(settings, name):
-    """(client, run id) of the MLflow run that holds the sweep's runs as its children; a stopped sweep's goes on."""
-    Path("runs").mkdir(exist_ok=True)
-    client, experiment = connect(settings, "runs")
-    try:
-        found = client.search_runs([experiment], f"tags.sweep = '{name}'")
-        if found:
-            client.update_run(found[0].info.run_id, status="RUNNING")
-            return client, found[0].info.run_id
-        tags = {"sweep": name, "mlflow.runName": name, "mlflow.source.name": "sweep.py"}
-        return client, client.create_run(experiment, tags=tags).info.run_id
-    except Exception as error:
-        raise store_error(settings, error) from error
+def plan_search(args, name, seeds, overrides):
+    """(Search, what gives the jobs of a trial, what all have in common, a Config) of a command line with --trials."""
+    from machinery.search import Search, distribution, ends  # it loads Optuna, which other sweeps do not need
 
+    usual, ranges, fixed = load_config(args.config).flat(), {}, []
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key in ranges or not (found := distribution(override, usual.get(key))):
+            fixed.append(override)
+        else:
+            ranges[key] = found
+    if not ranges:
+        raise ConfigError("--trials: nothing to choose from; ranges are written ppo.learning_rate=log:3e-4..3e-3, "
+                          "ppo.gamma=0.98..0.999 and ppo.num_steps=32,64")
 
-def close_parent(client, parent, status):
-    try:
-        client.set_terminated(parent, status)
-    except Exception as error:  # trouble with records is no reason to withhold the summary
-        print(f"MLflow: {cause(error)}", file=sys.stderr)
+    def jobs_of(trial, chosen):
+        unscored = ["evaluation.episodes=0"] if args.goal != "score" else []  # it takes longer than many a way
+        return plan(args.config, f"{name}-{trial}", seeds, [*unscored, *fixed, *chosen])
+
+    for key, found in ranges.items():
+        for end in ends(found):
+            config = jobs_of("check", [f"{key}={end}"])[0].config
+    if args.goal == "score" and not config.evaluation.episodes:
+        raise ConfigError("--goal score needs evaluation.episodes of 1 or more")
+    if args.goal != "score" and config.env.task.solved is None:
+        raise ConfigError(f"--goal {args.goal}: nobody has said when {config.env.id} is solved; use --goal score")
+    told = masked(shlex.join(override for override in fixed if not override.startswith(("run.", "tracking."))))
+    described = {"config": args.config, "fixed": told, "seeds": " ".join(seeds)}
+    search = Search(args.study or f"sqlite:///runs/{name}.db", name, args.goal, ranges, described, args.trials)
+    return search, jobs_of, fixed, config
 
 
 def run_all(jobs, at_once, parent, watch):
@@ -173,7 +189,7 @@ def summary(jobs):
             try:
                 hits += filter(None, [reached(read_metrics(job.folder), job.config.env.task.solved)])
                 if job.config.evaluation.episodes:
-                    scores.append(json.loads((job.folder / "report.json").read_text())["return_mean"])
+                    scores.append(job.score())
             except (PlotError, OSError, ValueError, KeyError) as error:  # the others' rows are worth having
                 print(f"{job.folder}: {first_line(error)}", file=sys.stderr)
         lines.append(
@@ -191,34 +207,60 @@ def plot_command(jobs):
     return "python plot.py " + " ".join(map(shlex.quote, words)) if words else ""
 
 
+def report_search(search, source, fixed, parent, name):
+    """Print the best trials, and how to train with the best of them; draw all."""
+    from machinery.search import draw_search, overrides_of, table
+
+    best = search.best_first()
+    if not best:
+        return
+    importances = search.importances()
+    mattered = ", ".join(f"{key} {share:.0%}" for key, share in importances.items())
+    picture = Path("runs") / f"{name}.png"
+    draw_search(search, picture)
+    parent.keep(picture)
+    words = ["python", "train.py", "--config", source, *fixed, *overrides_of(best[0].params)]
+    print(f"\n{table(search)}\n\nwhat mattered: {mattered or 'too few trials to tell'}\n{picture}\n\n"
+          f"{shlex.join(words)}")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
     parser.add_argument("--seeds", nargs="+", default=["1"], metavar="SEED")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once; more than one write their own train.log")
     parser.add_argument("--name", help="what the runs' names begin with; default: the config's")
+    parser.add_argument("--trials", type=int, metavar="N", help="a search by Optuna, until it has N trials")
+    parser.add_argument("--goal", choices=("frames", "minutes", "score"), default="frames",
+                        help="of a search: fewest frames or minutes to the solved mark, or the highest greedy score")
+    parser.add_argument("--study", metavar="URL", help="of a search: its database; default: sqlite:///runs/NAME.db")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value,value")
     args = parser.parse_intermixed_args(argv)
     overrides = [*args.overrides, *(word for word in args.seeds if "=" in word)]  # --seeds takes all that follows it
     seeds = list(dict.fromkeys(word for word in args.seeds if "=" not in word))
     name, watch = args.name or Path(args.config).stem, SignalWatch()
     with one_line("sweep.py"):
-        if args.jobs < 1:
-            raise ConfigError(f"--jobs {args.jobs}: must be 1 or more")
+        for key in ("jobs", "trials"):
+            if (number := getattr(args, key)) is not None and number < 1:
+                raise ConfigError(f"--{key} {number}: must be 1 or more")
         if not seeds:
             raise ConfigError("--seeds: must name one or more")
-        jobs = plan(args.config, name, seeds, overrides)
-        tracking, client, parent = jobs[0].config.tracking, None, None
-        if tracking.mlflow:
-            client, parent = open_parent(tracking, name)
-        status = "FAILED"
+        if args.trials:
+            search, jobs_of, fixed, config = plan_search(args, name, seeds, overrides)
+        else:
+            jobs = plan(args.config, name, seeds, overrides)
+            config = jobs[0].config
+        parent, status, failed = ParentRun(config.tracking, name), "FAILED", {}
         try:
-            failed = run_all(jobs, args.jobs, parent, watch)
+            if args.trials:
+                search.run(jobs_of, args.jobs, parent, watch)
+                report_search(search, args.config, fixed, parent, name)
+            else:
+                failed = run_all(jobs, args.jobs, parent.id, watch)
+                print(f"\n{summary(jobs)}\n\n{plot_command(jobs)}")
             status = "KILLED" if watch.received else "FAILED" if failed else "FINISHED"
         finally:
-            if client:
-                close_parent(client, parent, status)
-    print(f"\n{summary(jobs)}\n\n{plot_command(jobs)}")
+            parent.close(status)
     if watch.received:
         print("stopped; the same command goes on")
         sys.exit(128 + watch.received)

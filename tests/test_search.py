@@ -1,0 +1,237 @@
+"""Searches with Optuna: what is chosen, what a trial is worth, what is stopped, and how a killed search goes on."""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import optuna
+import psutil
+import pytest
+from matplotlib.image import imread
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState
+
+import sweep
+from machinery.config import ConfigError, load_config
+from machinery.search import STEPS, Search, SearchError, distribution, draw_search, own_process
+from plot import NEEDED
+from runs import CONFIG, ROOT, TINY, rows, wait, wait_for_rows, without_speed
+
+RANGES = {"ppo.gamma": FloatDistribution(0.9, 1.0)}
+NOTHING = SimpleNamespace(id=None, tag_children=lambda *_, **__: None, log=lambda *_, **__: None)
+TINY_SEARCH = ["--config", ROOT / "configs" / "cartpole.yaml", "--name", "s", *TINY, "env.shrink_factor=20",
+               "model.glimpse=16", "ppo.learning_rate=log:1e-4..1e-2", "ppo.num_steps=16,32"]
+
+
+@pytest.mark.parametrize(("override", "usual", "expected"), [
+    ("ppo.learning_rate=log:3e-4..3e-3", 1e-3, FloatDistribution(3e-4, 3e-3, log=True)),
+    ("ppo.gamma=.98..0.999", 0.99, FloatDistribution(0.98, 0.999)),
+    ("ppo.gamma=0..1", 0.99, FloatDistribution(0, 1)),
+    ("env.gravity=-12..-8", -10.0, FloatDistribution(-12, -8)),
+    ("ppo.update_epochs=2..8", 4, IntDistribution(2, 8)),
+    ("ppo.num_steps=log:16..256", 64, IntDistribution(16, 256, log=True)),
+    ("ppo.num_steps=16,32", 64, CategoricalDistribution(["16", "32"])),
+    ("model.mirror=true,false", True, CategoricalDistribution(["true", "false"])),
+    ("ppo.gamma=0.99", 0.99, None),
+    ("env.gravity=[-12,-8]", -10.0, None),
+    ("model.weights=a/../b.pth", "", None),
+])
+def test_what_a_range_means(override, usual, expected):
+    assert distribution(override, usual) == expected
+
+
+@pytest.mark.parametrize(("override", "usual"), [
+    ("ppo.gamma=0.9..high", 0.99), ("ppo.gamma=0.99..0.9", 0.99), ("ppo.learning_rate=log:0..1", 1e-3),
+    ("ppo.num_steps=1.5..3", 64)])
+def test_a_range_that_is_none_is_one_line(override, usual):
+    with pytest.raises(ConfigError, match=f"^{re.escape(override)}: a range is written") as error:
+        distribution(override, usual)
+    assert "\n" not in str(error.value)
+
+
+class Job:
+    """A run of sweep.py whose metrics.csv is there already, `returns` at even steps of a million frames in all."""
+
+    def __init__(self, folder, returns, done=True, sleeps="60"):
+        self.folder, self.is_done, self.sleeps, self.started = folder, done, sleeps, []
+        self.config = load_config(None, ["ppo.total_frames=1000000"])
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "metrics.csv", "w", newline="") as file:
+            table = csv.DictWriter(file, NEEDED)
+            table.writeheader()
+            for i, value in enumerate(returns, start=1):
+                table.writerow(dict.fromkeys(NEEDED, 0) | {
+                    "frames": i * 1_000_000 / STEPS, "rollout/return_mean": value, "speed/total_seconds": 60 * i})
+
+    def done(self):
+        return self.is_done
+
+    def score(self):
+        return 260.0
+
+    def start(self, parent, own_log):
+        self.started.append(subprocess.Popen(["sleep", self.sleeps]))
+        return self.started[-1]
+
+
+@pytest.fixture
+def search(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return lambda goal="frames", count=100: Search("sqlite:///runs/s.db", "s", goal, RANGES, {}, count)
+
+
+def attempt(found, *jobs):
+    return found._begin(lambda *_: list(jobs))
+
+
+LEARNS = [-200, -100, 0, 100, 150, 180, 190, 195, 205]  # reaches 200 after 0.45 M frames and 9 minutes
+
+
+@pytest.mark.parametrize(("goal", "expected"), [("frames", 0.45), ("minutes", 9.0), ("score", 260.0)])
+def test_a_trial_is_worth_the_median_of_its_runs(goal, expected, search, tmp_path):
+    never = [-200.0] * STEPS
+    one = attempt(search(goal), Job(tmp_path / "a", LEARNS), Job(tmp_path / "b", never), Job(tmp_path / "c", LEARNS))
+    assert one.advance(None) is None
+    assert one.advance(None) is None
+    assert one.advance(None).startswith(f"{expected:.3g} ")
+    (trial,) = one.search.trials(TrialState.COMPLETE)
+    assert trial.value == pytest.approx(expected)
+    assert one.values[1] == pytest.approx({"frames": 2.0, "minutes": 2.0 * STEPS, "score": 260.0}[goal])
+
+
+def test_a_run_that_came_near_is_worth_more_than_one_that_did_not(search, tmp_path):
+    found = search()
+    for name, returns in (("half", [-200] * 10 + [0] * 10), ("near", [-200] * 10 + [100] * 10)):
+        attempt(found, Job(tmp_path / name, returns)).advance(None)
+    assert [trial.value for trial in found.trials(TrialState.COMPLETE)] == pytest.approx([1.5, 1.25])
+
+
+def test_a_run_is_stopped_at_its_goal_and_the_hopeless_is_stopped_early(search, tmp_path):
+    found = search()
+    for i in range(5):
+        job = Job(tmp_path / str(i), LEARNS[:4], done=False)
+        one = attempt(found, job)
+        assert one.advance(None) is None  # and its run begins
+        assert job.started[0].poll() is None
+        Job.__init__(job, job.folder, LEARNS, done=False)
+        process = one.process
+        assert one.advance(None).startswith("0.45 ")
+        assert process.returncode == -signal.SIGTERM
+    for returns, told in (([-200] * 4, None), ([-200] * 10, "stopped early"), ([-200] * 4 + [210], "0.25 ")):
+        job = Job(tmp_path / f"next-{len(returns)}", returns, done=False)
+        one = attempt(found, job)
+        said = one.advance(None)
+        assert (said is None) if told is None else told in said, said
+        one._end(signal.SIGTERM)
+    assert len(found.trials(TrialState.PRUNED)) == 1
+    draw_search(found, tmp_path / "search.png")
+    assert imread(tmp_path / "search.png").shape[0] == 320
+
+
+def test_what_cannot_be_trained_is_told_and_not_tried_for_ever(search, tmp_path):
+    found = search()
+    one = attempt(found, Job(tmp_path / "a", [], sleeps="no number"))
+    assert one.advance(None) is None
+    one.process.wait()
+    assert one.advance(None) == "failed"
+
+    def impossible(*_):
+        raise ConfigError("ppo.num_minibatches=3 must divide 64")
+
+    with pytest.raises(SearchError, match=r"^5 trials in a row could not be trained, the last one: ppo\.num_minib"):
+        found._begin(impossible)
+    assert len(found.trials(TrialState.FAIL)) == 5
+
+
+def test_a_stopped_or_killed_search_goes_on_with_its_trials(search, tmp_path):
+    found = search()
+    one = attempt(found, Job(tmp_path / "a", [], done=False))
+    one.advance(None)
+    one.stop(signal.SIGTERM)
+    again = attempt(found, Job(tmp_path / "a", LEARNS))
+    assert again.trial.params == one.trial.params
+    assert again.trial.user_attrs["name"] == one.trial.user_attrs["name"] == "trial-000"
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    again.trial.set_user_attr("process", [ended.pid, time.time()])
+    found = search()  # another process, later
+    killed = attempt(found, Job(tmp_path / "a", LEARNS))
+    assert killed.trial.params == one.trial.params
+    assert killed.advance(None).startswith("0.45")
+    running = attempt(found, Job(tmp_path / "b", []))
+    assert search().trials(TrialState.RUNNING)[0].number == running.trial.number  # somebody is at it
+    assert running.trial.user_attrs["process"] == own_process()
+
+
+def test_enough_is_enough(search, tmp_path):
+    found = search(count=2)
+    watch = SimpleNamespace(received=None)
+    found.run(lambda name, _: [Job(tmp_path / name, LEARNS)], 2, NOTHING, watch)
+    assert len(found.trials()) == 2
+    found.run(lambda name, _: pytest.fail("a third"), 2, NOTHING, watch)
+
+
+def test_another_search_does_not_go_on_with_this_one(search):
+    search()
+    with pytest.raises(ConfigError, match="goal was frames, asked for score; choose another --name"):
+        search("score")
+
+
+@pytest.mark.parametrize(("args", "told"), [
+    ([], "nothing to choose from"),
+    (["ppo.gamma=0.9..1.5"], "ppo.gamma=1.5"),
+    (["ppo.gama=0.9..1"], "ppo.gamma"),
+    (["ppo.gamma=0.9..1", "--trials", "0"], "--trials 0: must be 1 or more"),
+    (["ppo.gamma=0.9..1", "env.id=Pendulum-v1", "model.mirror=false"], "nobody has said when Pendulum-v1 is solved"),
+    (["ppo.gamma=0.9..1", "--goal", "score", "evaluation.episodes=0"], "needs evaluation.episodes of 1 or more"),
+    (["ppo.gamma=0.9..1", "--study", "sqlite:////proc/no/such.db"], "study sqlite:////proc/no/such.db cannot be used"),
+    (["ppo.gamma=0.9..1", "--study", "nonsense"], "study nonsense cannot be used"),
+])
+def test_mistakes_are_one_line_before_anything_starts(args, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        sweep.main(["--config", str(CONFIG), "--trials", "3", *args, "tracking.mlflow=false"])
+    assert told in ended.value.code
+    assert "\n" not in ended.value.code
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_killed_search_goes_on_and_is_one_family_in_mlflow(tmp_path, monkeypatch, capsys):
+    words = [*map(str, TINY_SEARCH), "ppo.total_frames=600", "--trials", "2"]
+    first = tmp_path / "runs" / "s-trial-000-seed-1"
+    process = subprocess.Popen([sys.executable, ROOT / "sweep.py", *words], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    wait(process, (first / "metrics.csv").exists, seconds=120)
+    wait_for_rows(process, first, 1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    os.kill(next(child.pid for child in children if "train.py" in " ".join(child.cmdline())), signal.SIGKILL)
+    begun = rows(first)
+
+    monkeypatch.chdir(tmp_path)
+    sweep.main(words)
+    assert without_speed(rows(first))[: len(begun)] == without_speed(begun)
+    shown = capsys.readouterr().out
+    assert len(re.findall(r"^\| [12] \| 0\.\d+ \|", shown, re.MULTILINE)) == 2
+    assert "what mattered: too few trials to tell\nruns/s.png\n" in shown
+    assert re.search(r"^python train\.py --config \S+cartpole\.yaml .* ppo\.num_steps=\d\d$", shown, re.MULTILINE)
+    study = optuna.load_study(study_name="s", storage="sqlite:///runs/s.db")
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
+    assert study.trials[0].params == study.trials[1].params
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    found = client.search_runs([client.get_experiment_by_name("lunar-lander").experiment_id])
+    (parent,) = (run for run in found if "sweep" in run.data.tags)
+    family = {run.info.run_name: run.data.tags["trial"] for run in found if run is not parent}
+    assert family.keys() == {"s-trial-000-seed-1", "s-trial-002-seed-1"}
+    assert all(re.fullmatch(r"[12]: 0\.\d+ M frames to the solved mark", told) for told in family.values())
+    assert {run.info.status for run in found} == {"FINISHED"}
+    assert parent.data.metrics["search/best_frames"] == study.best_value
+    assert [file.path for file in client.list_artifacts(parent.info.run_id)] == ["s.png"]
