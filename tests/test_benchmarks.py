@@ -5,10 +5,12 @@ import runpy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from plot import read_metrics
-from runs import ROOT
+from runs import BARE, ROOT, TINY, begun
 
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 
@@ -41,3 +43,43 @@ def test_yardstick_trains(tmp_path):
     assert table["frames"][-1] >= 3000
     assert -2000 < table["rollout/return_mean"][-1] < 300
     assert table["update/approx_kl"].max() > 0  # the policy has changed
+
+
+@pytest.fixture
+def readout(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import readout
+
+    for name, number in (("FITTED", 4), ("MEASURED", 2), ("LONGEST", 25)):
+        monkeypatch.setattr(readout, name, number)
+    return readout
+
+
+def test_what_a_line_through_features_tells(readout):
+    rng = np.random.default_rng(0)
+    state, noise = rng.normal(size=(400, 3)), rng.normal(size=(400, 5))
+    features = np.concatenate([state[:, :1] + 2 * state[:, 1:2], state[:, 1:2] - 3, noise], 1)
+    r2 = readout.explained(features, state, np.arange(300), np.arange(300, 400))
+    assert r2[:2] == pytest.approx([1, 1], abs=1e-3)
+    assert r2[2] < 0.05  # nothing in the features tells it
+    weights, intercept = readout.ridge(features, state, 1e-9)
+    assert features @ weights[:, :2] + intercept[:2] == pytest.approx(state[:, :2], abs=1e-4)
+
+
+def test_readout_of_policies_in_two_worlds_and_over_training(readout, tmp_path, capsys):
+    readout.main([str(ROOT / "results" / name) for name in ("cnn", "cartpole")])
+    header, _, lander, other, _, cart = capsys.readouterr().out.splitlines()
+    assert header == "| policy | x | y | speed x | speed y | angle | spin |"
+    assert other == "| policy | state 0 | state 1 | state 2 | state 3 |"
+    assert float(lander.split(" | ")[2]) > 0.5  # y: the policy knows how high it is
+    assert cart.count("|") == 6
+    with begun(tmp_path, [*TINY, *BARE]) as run:
+        for frames in (1000, 2000):
+            run.trainer.counters["env_frames"] = frames
+            run.last_snapshot = run.snapshot()
+            run.save()
+        files = sorted(str(tmp_path / file) for file in run.folder.glob("checkpoints/*.ckpt"))
+    readout.main([*files, "--plot", str(tmp_path / "readout.png")])
+    assert imread(tmp_path / "readout.png").shape == (450, 800, 4)
+    with pytest.raises(SystemExit, match=r"^readout.py: --plot: only \.ckpt files"):
+        readout.main([str(ROOT / "results" / "cnn"), "--plot", "x.png"])
