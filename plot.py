@@ -83,8 +83,9 @@ def draw_run(run, output):
     """Six panels over environment frames, as a PNG: what a training run is steered by."""
     metrics = read_metrics(run)
     frames = metrics["frames"] / 1e6
-    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    figure = Figure(figsize=(13, 6.5))  # no automatic layout: it draws all a second time, and training waits for this
     axes = figure.subplots(2, 3, sharex=True)
+    figure.subplots_adjust(left=0.045, right=0.99, top=0.95, bottom=0.08, wspace=0.18, hspace=0.16)
 
     def panel(axis, title, key, label=None, band=None):
         if band:

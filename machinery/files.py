@@ -74,6 +74,14 @@ def newest_run(root="runs", holding="checkpoints/*.ckpt"):
     return newest and Path(*newest.parts[: len(Path(root).parts) + 1])
 
 
+def is_newer(file, than):
+    """Whether `file` is there, and was written after the other one or at the same time."""
+    try:
+        return file.stat().st_mtime_ns >= than.stat().st_mtime_ns
+    except OSError:
+        return False
+
+
 @contextmanager
 def locked(folder, wait=False):
     """Hold `folder`; the operating system lets go of it when the process ends, however it ends.

@@ -31,7 +31,7 @@ from machinery.checkpoint import (
 from machinery.config import masked
 from machinery.diagnostics import Diagnostics
 from machinery.errors import UserError
-from machinery.files import write_atomically
+from machinery.files import is_newer, write_atomically
 from machinery.flight import FlightRecorder
 from machinery.processes import launcher
 from machinery.run_folder import is_finished, start_run
@@ -344,7 +344,8 @@ class Run:
         if self.counters["best"] is None:  # total_frames was lowered to less than what was trained without a score
             self.score_candidate({})
             self._save_best()
-        self._draw_curves(print)
+        if not is_newer(folder / "curves.png", folder / "metrics.csv"):  # else they were drawn at the last score
+            self._draw_curves(print)
         for name in ("config.yaml", "metrics.csv"):
             self.tracker.artifact(folder / name)
         best = folder / "checkpoints" / POLICY_FILE
