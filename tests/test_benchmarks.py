@@ -1,6 +1,7 @@
 """Scripts under benchmarks/ take too long for a test; that each starts, and that the yardstick trains, is tested."""
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -83,3 +84,27 @@ def test_readout_of_policies_in_two_worlds_and_over_training(readout, tmp_path, 
     assert imread(tmp_path / "readout.png").shape == (450, 800, 4)
     with pytest.raises(SystemExit, match=r"^readout.py: --plot: only \.ckpt files"):
         readout.main([str(ROOT / "results" / "cnn"), "--plot", "x.png"])
+
+
+def test_points_are_accounted_for(monkeypatch, capsys):
+    """The fuel, which is what the other parts leave over, is what the engines burned."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import points
+
+    lander, rng, burns = points.Accounted(4, 4, 4, True), np.random.default_rng(0), (0, 0.03, 0.3, 0.03)
+    for seed in range(3):
+        lander.reset(seed)
+        burned, ended = 0.0, False
+        while not ended:
+            action, before = int(rng.integers(4)), lander.episode_length
+            _, _, terminated, truncated = lander.step(action)
+            ended = terminated or truncated
+            burned += burns[action] * (lander.episode_length - before - terminated)
+        account = dict(zip(points.COLUMNS, lander.account(), strict=True))
+        assert account["fuel"] == pytest.approx(-burned, abs=1e-3)
+        assert sum(account.values()) == pytest.approx(lander.episode_return)
+        assert account["bonus"] == (-100 if terminated else 0)
+    points.main([str(ROOT / "results" / "cnn"), "--episodes", "3"])
+    assert re.search(r"^\| all \| 100\.0% \| 2\d\d \| .* \| 100\.0 \|", capsys.readouterr().out, re.MULTILINE)
+    with pytest.raises(SystemExit, match=r"^points\.py: .*cartpole: a policy of CartPole-v1"):
+        points.main([str(ROOT / "results" / "cartpole")])
