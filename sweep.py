@@ -23,13 +23,14 @@ import re
 import shlex
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from machinery.checkpoint import CheckpointError, load_checkpoint
-from machinery.config import Config, ConfigError, changed_keys, load_config, masked
+from machinery.config import Config, ConfigError, ConflictError, changed_keys, load_config, masked
 from machinery.errors import first_line, one_line
 from machinery.parent_run import ParentRun
 from machinery.run_folder import RESUMABLE, is_finished
@@ -38,6 +39,7 @@ from machinery.terminal import Outlet
 from plot import PlotError, reached, read_metrics
 
 TRAIN = Path(__file__).parent / "train.py"
+OUTER_COMMA = re.compile(r",(?![^\[{]*[\]}])")  # not one of a list [low, high] or of a dict
 
 
 @dataclass
@@ -91,7 +93,7 @@ def plan(source, name, seeds, overrides):
         key, _, values = override.partition("=")
         if key in ("run.seed", "run.name"):
             raise ConfigError(f"{override}: a sweep gives each run its seed and name; use --seeds and --name")
-        choices.append([f"{key}={value}" for value in values.split(",")])
+        choices.append([f"{key}={value}" for value in OUTER_COMMA.split(values)])
     varied = [options for options in choices if len(options) > 1]
     jobs = []
     for combination in itertools.product(*choices):
@@ -110,33 +112,43 @@ def plan(source, name, seeds, overrides):
 
 def plan_search(args, name, seeds, overrides):
     """(Search, what gives the jobs of a trial, what all have in common, a Config) of a command line with --trials."""
-    from machinery.search import Search, distribution, ends  # it loads Optuna, which other sweeps do not need
+    from machinery.search import Search, distribution, ends, first_of  # it loads Optuna, which other sweeps do not need
 
-    usual, ranges, fixed = load_config(args.config).flat(), {}, []
-    for override in overrides:
-        key = override.partition("=")[0].strip()
-        if key in ranges or not (found := distribution(override, usual.get(key))):
-            fixed.append(override)
-        else:
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise ConfigError(f"{twice[0]}: is given twice")
+    unscored = ["evaluation.episodes=0"] if args.goal != "score" else []  # scores take longer than many a way
+    firsts = list(filter(None, map(first_of, overrides)))
+    fixed, ranges = [override for override in overrides if not first_of(override)], {}
+    try:
+        config = load_config(args.config, [*unscored, *fixed, *firsts])
+    except ConfigError:  # they do not go together, or one is a path with .. in it
+        config = load_config(args.config, [*unscored, *fixed])
+    for key, override in zip(keys, overrides, strict=True):
+        if override in fixed:
+            continue
+        if found := distribution(override, config.flat().get(key)):
             ranges[key] = found
+        else:
+            fixed.append(override)
     if not ranges:
         raise ConfigError("--trials: nothing to choose from; ranges are written ppo.learning_rate=log:3e-4..3e-3, "
                           "ppo.gamma=0.98..0.999 and ppo.num_steps=32,64")
 
     def jobs_of(trial, chosen):
-        unscored = ["evaluation.episodes=0"] if args.goal != "score" else []  # it takes longer than many a way
         return plan(args.config, f"{name}-{trial}", seeds, [*unscored, *fixed, *chosen])
 
     for key, found in ranges.items():
         for end in ends(found):
-            config = jobs_of("check", [f"{key}={end}"])[0].config
+            with suppress(ConflictError):  # with another choice of another setting it may do
+                jobs_of("check", [f"{key}={end}"])
     if args.goal == "score" and not config.evaluation.episodes:
         raise ConfigError("--goal score needs evaluation.episodes of 1 or more")
     if args.goal != "score" and config.env.task.solved is None:
         raise ConfigError(f"--goal {args.goal}: nobody has said when {config.env.id} is solved; use --goal score")
-    told = masked(shlex.join(override for override in fixed if not override.startswith(("run.", "tracking."))))
-    described = {"config": args.config, "fixed": told, "seeds": " ".join(seeds)}
-    search = Search(args.study or f"sqlite:///runs/{name}.db", name, args.goal, ranges, described, args.trials)
+    search = Search(args.study or f"sqlite:///runs/{name}.db", name, args.goal, ranges, config, args.trials)
+    if not search.trials() and (old := next(Path("runs").glob(f"{name}-trial-*"), None)):
+        raise ConfigError(f"{old}: is a run of an earlier search; remove it, or choose another --name")
     return search, jobs_of, fixed, config
 
 
@@ -209,30 +221,32 @@ def plot_command(jobs):
 
 def report_search(search, source, fixed, parent, name):
     """Print the best trials, and how to train with the best of them; draw all."""
-    from machinery.search import draw_search, overrides_of, table
+    from machinery.search import overrides_of
+    from machinery.search_report import draw_search, table
 
     best = search.best_first()
     if not best:
         return
-    importances = search.importances()
+    importances, picture = search.importances(), Path("runs") / f"{name}.png"
     mattered = ", ".join(f"{key} {share:.0%}" for key, share in importances.items())
-    picture = Path("runs") / f"{name}.png"
-    draw_search(search, picture)
+    words = ["python", "train.py", "--config", source, *map(masked, fixed), *overrides_of(best[0].params)]
+    print(f"\n{table(search)}\n\nwhat mattered: {mattered or 'too few trials to tell'}\n\n{shlex.join(words)}",
+          flush=True)
+    draw_search(search, importances, picture)
+    print(picture)
     parent.keep(picture)
-    words = ["python", "train.py", "--config", source, *fixed, *overrides_of(best[0].params)]
-    print(f"\n{table(search)}\n\nwhat mattered: {mattered or 'too few trials to tell'}\n{picture}\n\n"
-          f"{shlex.join(words)}")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
     parser.add_argument("--seeds", nargs="+", default=["1"], metavar="SEED")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once; more than one write their own train.log")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once; more than one, or of a search, write their "
+                        "own train.log")
     parser.add_argument("--name", help="what the runs' names begin with; default: the config's")
     parser.add_argument("--trials", type=int, metavar="N", help="a search by Optuna, until it has N trials")
-    parser.add_argument("--goal", choices=("frames", "minutes", "score"), default="frames",
-                        help="of a search: fewest frames or minutes to the solved mark, or the highest greedy score")
+    parser.add_argument("--goal", choices=("frames", "minutes", "score"),
+                        help="of a search: fewest frames (default) or minutes to the solved mark, or the highest score")
     parser.add_argument("--study", metavar="URL", help="of a search: its database; default: sqlite:///runs/NAME.db")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value,value")
     args = parser.parse_intermixed_args(argv)
@@ -245,6 +259,9 @@ def main(argv=None):
                 raise ConfigError(f"--{key} {number}: must be 1 or more")
         if not seeds:
             raise ConfigError("--seeds: must name one or more")
+        if (args.goal or args.study) and not args.trials:
+            raise ConfigError("--goal and --study are of a search; --trials says how many")
+        args.goal = args.goal or "frames"
         if args.trials:
             search, jobs_of, fixed, config = plan_search(args, name, seeds, overrides)
         else:

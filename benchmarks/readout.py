@@ -5,8 +5,9 @@
 
 The state vector is what the policies do without; here it is the measure. A ridge regression is fitted to the hidden
 layer's units in 40 episodes, and its R2 measured in 20 others: 1 is all that there is to know, 0 no more than the mean,
-below 0 is worse than that. All policies see the same play: gymnasium's hand-written controller, of whose actions a
-third is replaced by random ones; in another environment than LunarLander-v3, random play. Frames are `render()`'s own.
+below 0 is worse than that. Policies with the same settings of `env` see the same play: gymnasium's hand-written
+controller, of whose actions three in ten are replaced by random ones; in another environment than LunarLander-v3,
+random play. Frames are `render()`'s own.
 """
 
 import argparse
@@ -131,7 +132,10 @@ def draw(frames, results, output):
              ylabel="R2 of a linear read-out on unseen episodes")
     axis.grid(alpha=0.3)
     axis.legend()
-    figure.savefig(output, dpi=100)
+    try:
+        figure.savefig(output, dpi=100)
+    except ValueError as error:  # a format that matplotlib does not know
+        raise UserError(f"{output}: {error}") from None
 
 
 def main(argv=None):
@@ -142,14 +146,15 @@ def main(argv=None):
     with one_line("readout.py"):
         if args.plot and any(path.suffix != ".ckpt" for path in args.checkpoints):
             raise UserError("--plot: only .ckpt files tell for how many frames they were trained")
-        played, frames, results = {}, [], []
+        frames, results, settings = [], [], None
         for path in args.checkpoints:
             policy, config, file = load_policy(path)
-            settings = config.env.settings()
-            key = repr(settings)
-            if key not in played:
-                played[key] = play(settings, FITTED + MEASURED)
-            result = read_out(policy, config, played[key])
+            if settings != config.env.settings():  # one play is kept at a time: its frames can take a gigabyte
+                if args.plot and settings:
+                    raise UserError("--plot: the policies see different frames; a picture is of one run")
+                settings = config.env.settings()
+                played = play(settings, FITTED + MEASURED)
+            result = read_out(policy, config, played)
             if not results or results[-1].keys() != result.keys():  # another environment's state
                 print(f"| policy | {' | '.join(result)} |\n{'| --- ' * (1 + len(result))}|")
             print(f"| {path} | {' | '.join(f'{value:.2f}' for value in result.values())} |", flush=True)

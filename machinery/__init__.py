@@ -5,7 +5,7 @@ processes, device                           many processes that learn as one; GP
 workers                                     the processes that play: none outlives the trainer, what fails is named
 tracking, terminal, diagnostics             metrics.csv and MLflow; the live line; what curves that go wrong mean
 outbox, mlflow_model, policy_model, flight  what is sent to MLflow: scored policies, the best one to be loaded anywhere
-search, parent_run                          what a sweep tries next, by Optuna; the MLflow run that holds its runs
+search, search_report, parent_run           what a sweep tries next, by Optuna; the MLflow run that holds its runs
 video, panel, drawing, publish              landings filmed, with a policy's instruments; pages under results/
 """
 

@@ -38,6 +38,10 @@ class ConfigError(UserError):
         super().__init__(masked(" ".join(map(str.strip, message.splitlines()))))
 
 
+class ConflictError(ConfigError):
+    """Settings, each allowed by itself, that do not go with each other."""
+
+
 def masked(text):
     """`text`, which is or quotes one URI, without the URI's credentials."""
     text = re.sub(r"://[^/\s].*@", f"://{MASK}@", text)
@@ -360,7 +364,7 @@ def check_config(tree, source="config"):
     key = ".".join(map(str, error["loc"][:2]))  # more would tell which of two types was tried, or where in a list
     message = error["msg"].removeprefix("Value error, ")
     if not key or error["type"] == "conflict":  # the message names the keys
-        raise ConfigError(f"{source}: {message}")
+        raise ConflictError(f"{source}: {message}")
     if error["type"] == "extra_forbidden":
         close = difflib.get_close_matches(key, known_keys(tree), 1, 0)
         raise ConfigError(f"{source}: unknown key {key}; did you mean {close[0]}?")

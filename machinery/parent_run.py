@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from machinery.outbox import cause
-from machinery.tracking import connect, store_error
+from machinery.tracking import connect, lost_artifacts, store_error, with_store
 
 
 class ParentRun:
@@ -18,6 +18,7 @@ class ParentRun:
         if not settings.mlflow:
             return
         Path("runs").mkdir(exist_ok=True)
+        self.uri = with_store(settings).uri
         self.client, self.experiment = connect(settings, "runs")
         try:
             found = self.client.search_runs([self.experiment], f"tags.sweep = '{name}'")
@@ -36,16 +37,20 @@ class ParentRun:
 
     def keep(self, file):
         if self.id:
-            self._try(lambda: self.client.log_artifact(self.id, str(file)))
+            self._try(lambda: self._keep(file))
+
+    def _keep(self, file):
+        if not lost_artifacts(self.uri, self.client.get_run(self.id).info.artifact_uri):
+            self.client.log_artifact(self.id, str(file))
 
     def log(self, key, value, step):
         if self.id:
             self._try(lambda: self.client.log_metric(self.id, key, value, step=step))
 
-    def tag_children(self, names, key, value, finished):
-        """Tag the children of these names. `finished`: those that were stopped have reached what they were for."""
+    def tag_child(self, name, key, value, finished):
+        """Tag the child of that name. `finished`: if it was stopped, it has reached what it was for."""
         if self.id:
-            self._try(lambda: [self._tag(name, key, value, finished) for name in names])
+            self._try(lambda: self._tag(name, key, value, finished))
 
     def _tag(self, name, key, value, finished):
         children = f"tags.`mlflow.parentRunId` = '{self.id}' and attributes.run_name = '{name}'"

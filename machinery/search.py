@@ -1,7 +1,7 @@
-"""A search for settings, made by Optuna: what to try next, what to stop early, and what mattered.
+"""A search for settings, made by Optuna: what to try next, and what to stop early.
 
     ranges = {"ppo.num_steps": distribution("ppo.num_steps=32,64", 64)}
-    search = Search("sqlite:///runs/NAME.db", "NAME", "frames", ranges, described, count=30)
+    search = Search("sqlite:///runs/NAME.db", "NAME", "frames", ranges, config, count=30)
     search.run(jobs_of, at_once, parent, watch)             # jobs_of(name, overrides) gives the runs of a trial
 
 A trial is one choice of settings. Its runs, one for each seed, follow each other, and its value is their median. Trials
@@ -13,22 +13,23 @@ import platform
 import re
 import signal
 import statistics
+import sys
 import time
 from contextlib import suppress
-from io import BytesIO
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import optuna
 import psutil
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from machinery.config import ConfigError, masked
-from machinery.drawing import Figure
 from machinery.errors import UserError, first_line
-from machinery.files import locked, write_atomically
+from machinery.files import locked
 from plot import PlotError, reached, read_metrics
 
 GOALS = {  # what a search looks for: how its values are called, and their direction
@@ -36,8 +37,13 @@ GOALS = {  # what a search looks for: how its values are called, and their direc
     "minutes": ("minutes to the solved mark", "minimize"),
     "score": ("greedy score", "maximize")}
 STEPS = 20  # of each run at which trials are compared
-PATIENCE = 5  # of this many in a row none could be trained: the search is given up
+COMPARED, SPARED = 5, STEPS // 4  # other trials that this takes, and steps of a run before it
+FARTHEST = 10.0  # times its length at most that a run counts as if it had needed to reach the mark
+PATIENCE = 5  # trials in a row that could not be trained, after which a search is given up
+CONFLICTS = 100  # choices in a row whose settings do not go with each other, after which it is
+SEEN_EVERY, LOST_AFTER = 30, 600  # seconds: a trial is noted as under way, and given to another search
 RANGE = re.compile(r"(log:)?(\S+?)\.\.(\S+)")
+DATABASE_ERRORS = (optuna.exceptions.OptunaError, SQLAlchemyError)
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
@@ -52,16 +58,28 @@ def distribution(override, usual):
     """
     text = override.partition("=")[2].strip()
     if isinstance(usual, str) or not (match := RANGE.fullmatch(text)):  # a text may be a path with .. in it
-        return CategoricalDistribution(text.split(",")) if "," in text and not text.startswith("[") else None
+        return CategoricalDistribution(text.split(",")) if "," in text and not text.startswith(("[", "{")) else None
     log, *ends = match.groups()
     whole = isinstance(usual, int) and not isinstance(usual, bool)
     try:
-        low, high = (int(end) if whole else float(end) for end in ends)
-        return (IntDistribution if whole else FloatDistribution)(low, high, log=bool(log))
-    except ValueError as error:
+        low, high = map(float, ends)
+        if not whole:
+            return FloatDistribution(low, high, log=bool(log))
+        if not (low.is_integer() and high.is_integer()):
+            raise ValueError("these are not")
+        return IntDistribution(int(low), int(high), log=bool(log))
+    except (ValueError, OverflowError) as error:
         number = "whole number" if whole else "number"
         raise ConfigError(
             f"{override}: a range is written low..high or log:low..high, of {number}s ({first_line(error)})") from None
+
+
+def first_of(override):
+    """The first value of a range or of a choice, as `section.key=value`; None of one value."""
+    key, _, text = override.partition("=")
+    if match := RANGE.fullmatch(text.strip()):
+        return f"{key}={match[2]}"
+    return f"{key}={text.split(',')[0]}" if "," in text and not text.strip().startswith(("[", "{")) else None
 
 
 def ends(choice):
@@ -70,37 +88,72 @@ def ends(choice):
 
 
 def overrides_of(params):
-    """`section.key=value` of a trial's settings."""
-    return [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in params.items()]
+    """`section.key=value` of a trial's settings, exactly."""
+    return [f"{key}={value}" for key, value in params.items()]
+
+
+def own_process():
+    """What tells this process from all others on this machine, also later."""
+    return [os.getpid(), psutil.Process().create_time()]
+
+
+def living(process):
+    """The psutil.Process that `own_process` told of; None if it has ended."""
+    with suppress(psutil.NoSuchProcess, TypeError):  # TypeError: nothing was told
+        found = psutil.Process(process[0])
+        if abs(found.create_time() - process[1]) < 1:
+            return found
+    return None
+
+
+class BehindTheOthers(optuna.pruners.BasePruner):
+    """Stops a trial that at the same step of the same run is worse than the median of the others.
+
+    Like optuna.pruners.MedianPruner, which takes the best of all steps for the trial, and so a good first run for a bad
+    second one. Values are the best returns so far; the first quarter of a run is spared.
+    """
+
+    def prune(self, study, trial):
+        step = trial.last_step
+        if step is None or step % STEPS < SPARED:
+            return False
+        others = [other.intermediate_values[step] for other in study.get_trials(deepcopy=False, states=(
+            TrialState.COMPLETE, TrialState.PRUNED)) if step in other.intermediate_values]
+        if len(others) < COMPARED:
+            return False
+        sign = 1 if study.direction == optuna.study.StudyDirection.MAXIMIZE else -1
+        return sign * trial.intermediate_values[step] < sign * statistics.median(others)
 
 
 class Search:
     """Trials in a study that other processes may share.
 
-    url: of a database, as SQLAlchemy writes it. ranges: {"section.key": distribution}. described: what else the search
-    is, which its study keeps; another search may not go on with it. count: of trials, completed and stopped early.
+    url: of a database, as SQLAlchemy writes it. ranges: {"section.key": distribution}. config: a Config, from which
+    trials differ in the ranges alone; a study of other settings is refused. count: of trials, completed and stopped
+    early.
     """
 
-    def __init__(self, url, name, goal, ranges, described, count):
+    def __init__(self, url, name, goal, ranges, config, count):
         self.goal, self.ranges, self.count, self.failures = goal, ranges, count, 0
-        ours = described | {"goal": goal, "ranges": {key: repr(value) for key, value in ranges.items()}}
+        free = ("run.", "tracking.", "evaluation.", *ranges)  # may differ between machines, or between trials
+        ours = {key: value for key, value in config.flat().items() if not key.startswith(free)}
+        ours |= {"goal": goal} | {key: str(choice) for key, choice in ranges.items()}
         try:
             Path("runs").mkdir(exist_ok=True)
             with locked(Path("runs"), wait=True):  # two that made the tables of one database at once would fail
+                wait = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}  # seconds, for a lock
                 self.study = optuna.create_study(
-                    storage=url, study_name=name, direction=GOALS[goal][1], load_if_exists=True,
-                    pruner=optuna.pruners.MedianPruner(n_warmup_steps=STEPS // 4))
-            kept = self.study.user_attrs
-            for key, value in ours.items():
-                if key not in kept:
-                    self.study.set_user_attr(key, value)
+                    storage=RDBStorage(url, engine_kwargs=wait), study_name=name, direction=GOALS[goal][1],
+                    load_if_exists=True, pruner=BehindTheOthers())
+                kept = self.study.user_attrs.get("settings")
+                if kept is None:
+                    self.study.set_user_attr("settings", ours)
         except Exception as error:  # of a database or of its driver
             raise SearchError(f"study {masked(url)} cannot be used: {first_line(error)}") from error
-        differ = [
-            f"{key} was {kept[key]}, asked for {value}" for key, value in ours.items() if kept.get(key, value) != value]
+        differ = [f"{key} was {(kept or ours).get(key)}, asked for {ours.get(key)}"
+                  for key in ours | (kept or ours) if (kept or ours).get(key) != ours.get(key)]
         if differ:
             raise ConfigError(f"{masked(url)}: is another search: {'; '.join(differ)}; choose another --name")
-        self._put_back_what_was_killed()
 
     def trials(self, *states):
         return self.study.get_trials(deepcopy=False, states=states or None)
@@ -120,52 +173,69 @@ class Search:
                 for attempt in list(active):
                     if said := attempt.advance(parent.id):
                         active.remove(attempt)
-                        print(f"trial {attempt.trial.number}: {said}", flush=True)
-                        parent.tag_children(
-                            [job.folder.name for job in attempt.jobs], "trial", f"{attempt.trial.number}: {said}",
-                            finished=bool(attempt.values))
-                        if best := self.best_first():
-                            parent.log(f"search/best_{self.goal}", best[0].value, step=attempt.trial.number)
+                        self._record(attempt, said, parent)
                 time.sleep(0.5)
-        except (optuna.exceptions.OptunaError, SQLAlchemyError) as error:
-            raise SearchError(
-                f"the study cannot be used any more: {first_line(error)}; the same command goes on") from error
-        finally:  # also if a run could not be started
+        except DATABASE_ERRORS as error:
+            raise SearchError(f"the study cannot be used any more: {first_line(error.__cause__ or error)}; the same "
+                              "command goes on") from error
+        finally:  # first all are told to end, then they are waited for
             for attempt in active:
-                attempt.stop(watch.received or signal.SIGTERM)
+                attempt.signal(watch.received or signal.SIGTERM)
+            for attempt in active:
+                attempt.put_back()
+
+    def _record(self, attempt, said, parent):
+        trial = attempt.trial
+        print(f"trial {trial.number}: {said}", flush=True)
+        for i, job in enumerate(attempt.jobs[: len(attempt.values) + 1]):
+            parent.tag_child(job.folder.name, "trial", f"{trial.number}: {said}", finished=i < len(attempt.values))
+        if best := self.best_first():
+            parent.log(f"search/best_{self.goal}", best[0].value, step=trial.number)
+        if self.failures == PATIENCE:
+            raise SearchError(f"{PATIENCE} trials in a row could not be trained, the last one: {said}")
 
     def _begin(self, jobs_of):
         """The next Attempt; None if there are enough."""
-        while len(self.trials(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)) < self.count:
+        self._take_over()
+        for _ in range(CONFLICTS):
+            if len(self.trials(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)) >= self.count:
+                return None
             trial = self.study.ask(self.ranges)
             name = trial.user_attrs.get("name", f"trial-{trial.number:03d}")
-            for key, value in {"name": name, "host": platform.node(), "process": own_process()}.items():
+            for key, value in {
+                    "name": name, "host": platform.node(), "process": own_process(), "seen": time.time()}.items():
                 trial.set_user_attr(key, value)
+            chosen = overrides_of(trial.params)
             try:
-                attempt = Attempt(self, trial, jobs_of(name, overrides_of(trial.params)))
-                print(f"trial {trial.number}: {' '.join(overrides_of(trial.params))}", flush=True)
+                attempt = Attempt(self, trial, jobs_of(name, chosen))
+                print(f"trial {trial.number}: {' '.join(chosen)}, {name}", flush=True)
                 return attempt
-            except ConfigError as error:  # settings that do not go with each other
-                self.fail(trial, error)
-        return None
+            except ConfigError as error:
+                why = error
+                self.study.tell(trial, state=TrialState.FAIL)
+        raise SearchError(f"{CONFLICTS} choices in a row do not go together, the last one: {why}")
 
-    def fail(self, trial, why):
-        print(f"trial {trial.number}: {why}", flush=True)
-        self.study.tell(trial, state=TrialState.FAIL)
-        self.failures += 1
-        if self.failures == PATIENCE:
-            raise SearchError(f"{PATIENCE} trials in a row could not be trained, the last one: {why}")
+    def _take_over(self):
+        """Put back the trials of searches that were killed, here or, if not heard of for long, elsewhere."""
+        with locked(Path("runs"), wait=True):  # only one of us
+            for trial in self.trials(TrialState.RUNNING):
+                told = trial.user_attrs
+                silence = time.time() - told.get("seen", (trial.datetime_start or datetime.now()).timestamp())
+                if told.get("host") == platform.node() and "process" in told:
+                    lost = not living(told["process"])
+                else:
+                    lost = silence > LOST_AFTER
+                if lost:
+                    if told.get("host") == platform.node() and (left := living(told.get("trainer"))):
+                        left.terminate()  # it saves, and this search goes on with it
+                        left.wait()
+                    self.put_back(trial)
 
     def put_back(self, trial):
         """Another trial will have its settings, and go on with its runs."""
-        self.study.enqueue_trial(trial.params, user_attrs={"name": trial.user_attrs["name"]})
+        names = {"name": trial.user_attrs["name"]} if "name" in trial.user_attrs else {}
         self.study.tell(trial.number, state=TrialState.FAIL)
-
-    def _put_back_what_was_killed(self):
-        for trial in self.trials(TrialState.RUNNING):
-            mine = trial.user_attrs.get("host") == platform.node()
-            if mine and "process" in trial.user_attrs and not is_alive(trial.user_attrs["process"]):
-                self.put_back(trial)
+        self.study.enqueue_trial(trial.params, user_attrs=names)
 
     def best_first(self):
         """Completed trials, the best first."""
@@ -181,88 +251,101 @@ class Search:
         return optuna.importance.get_param_importances(self.study, evaluator=forest)
 
 
-def own_process():
-    return [os.getpid(), psutil.Process().create_time()]
-
-
-def is_alive(process):
-    """Whether the process of that id is the one that was started at that time."""
-    with suppress(psutil.NoSuchProcess):
-        return abs(psutil.Process(process[0]).create_time() - process[1]) < 1
-    return False
-
-
 class Attempt:
     """A trial under way. `jobs`: its runs, one per seed; see sweep.Job."""
 
     def __init__(self, search, trial, jobs):
         self.search, self.trial, self.jobs = search, trial, jobs
-        self.process, self.values, self.told = None, [], 0
+        self.process, self.values, self.reported, self.seen = None, [], 0, time.time()
 
     def advance(self, parent):
-        """Looks at the run of the moment and starts the next; what is to be said when the trial is over, else None."""
-        job = self.jobs[len(self.values)]
+        """Looks at the run of the moment and starts the next; what is to be said when the trial is over, else None.
+
+        parent: the id of an MLflow run, or None.
+        """
+        search, job = self.search, self.jobs[len(self.values)]
+        ended = self.process is not None and self.process.poll() is not None  # asked before its files are read
+        self._note_that_it_is_seen()
         metrics = self._metrics(job)
-        value = None if metrics is None else self._value(job, metrics)
+        value = None if metrics is None else self._value(job, metrics, ended)
         if value is not None:
             self._report(job, metrics, STEPS)
-            self._end(signal.SIGTERM)
+            self._end()
             self.values.append(value)
+        elif ended:
+            search.study.tell(self.trial, state=TrialState.FAIL)
+            search.failures += 1
+            return f"{job.folder} ended with {self.process.returncode}; see its train.log"
         elif metrics is not None and self._hopeless(job, metrics):
-            self._end(signal.SIGTERM)
-            self.search.study.tell(self.trial, state=TrialState.PRUNED)
+            self._end()
+            search.study.tell(self.trial, state=TrialState.PRUNED)
+            search.failures = 0
             return f"stopped early in {job.folder}, after {metrics['frames'][-1] / 1e6:.2f} M frames"
         elif self.process is None:
-            if not is_held(job.folder):  # by what a search that was killed has left behind
-                self.process = job.start(parent, own_log=True)
-        elif self.process.poll() is not None:
-            self.search.fail(self.trial, f"{job.folder} ended with {self.process.returncode}; see its train.log")
-            return "failed"
+            self.process = job.start(parent, own_log=True)
+            with suppress(psutil.NoSuchProcess):  # it is over already
+                started = [self.process.pid, psutil.Process(self.process.pid).create_time()]
+                self.trial.set_user_attr("trainer", started)
         if len(self.values) < len(self.jobs):
             return None
         value = statistics.median(self.values)
-        self.search.study.tell(self.trial, value)
-        self.search.failures = 0
-        return f"{value:.3g} {GOALS[self.search.goal][0]}"
+        search.study.tell(self.trial, value)
+        search.failures = 0
+        return f"{value:.3g} {GOALS[search.goal][0]}"
 
-    def stop(self, number):
-        """The same after a signal: its runs are saved, and a later search goes on with them."""
-        self._end(number)
-        self.search.put_back(self.trial)
+    def signal(self, number):
+        """Tell its run to end, which saves it."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(number)
 
-    def _end(self, number):
+    def put_back(self):
+        """Once its run has ended: a later search goes on with it. Trouble with the study is only told."""
         if self.process is not None:
-            if self.process.poll() is None:
-                self.process.send_signal(number)
-                self.process.wait()
-            self.process = None
+            self.process.wait()
+        try:
+            self.search.put_back(self.trial)
+        except (*DATABASE_ERRORS, ValueError) as error:  # the next search sees that nobody is at this trial
+            print(f"trial {self.trial.number}: {first_line(error.__cause__ or error)}", file=sys.stderr)
+
+    def _end(self):
+        self.signal(signal.SIGTERM)
+        if self.process is not None:
+            self.process.wait()
+        self.process = None
+
+    def _note_that_it_is_seen(self):
+        if time.time() - self.seen > SEEN_EVERY:
+            self.seen = time.time()
+            self.trial.set_user_attr("seen", self.seen)
 
     def _metrics(self, job):
         with suppress(PlotError):  # nothing there yet
             return read_metrics(job.folder)
 
-    def _value(self, job, metrics):
+    def _value(self, job, metrics, ended):
         """What this run is worth; None as long as that is open.
 
-        A run that has not reached the mark counts as if it had needed longer than it was, by the part of the way that
-        it lacked: twice as long if it learned nothing.
+        A run that has not reached the mark counts as if it had gone on as steadily as from its first to its best
+        return: as longer than it was, but FARTHEST times at most.
         """
         goal, mark = self.search.goal, job.config.env.task.solved
+        over = (ended or self.process is None) and job.done()
         if goal == "score":
-            return job.score() if job.done() else None
+            return job.score() if over else None
         if hit := reached(metrics, mark):
             frames, seconds = hit
-        elif job.done():
+        elif over:
             returns = metrics["rollout/return_mean"]
-            first, best = returns[np.isfinite(returns)][0], np.nanmax(returns)
-            lacking = 1 + min(1.0, (mark - best) / (mark - first))
-            frames, seconds = metrics["frames"][-1] * lacking, metrics["speed/total_seconds"][-1] * lacking
+            returns = returns[np.isfinite(returns)]
+            way = returns.max() - returns[0] if returns.size else 0.0
+            times = min((mark - returns[0]) / way, FARTHEST) if way > 0 else FARTHEST
+            frames, seconds = metrics["frames"][-1] * times, metrics["speed/total_seconds"][-1] * times
         else:
             return None
         return float(frames / 1e6 if goal == "frames" else seconds / 60)
 
     def _hopeless(self, job, metrics):
-        """Whether at the last step half of all trials were better than this one has ever been."""
+        """Whether a step has passed since, at which this trial was behind the others."""
         passed = int(metrics["frames"][-1] * STEPS / job.config.ppo.total_frames)
         return self._report(job, metrics, min(passed, STEPS)) and self.trial.should_prune()
 
@@ -271,70 +354,11 @@ class Attempt:
 
         A run that has reached its goal stays at its best for the rest of its steps.
         """
-        before, sign = self.told, 1 if GOALS[self.search.goal][1] == "maximize" else -1
-        while self.told < len(self.values) * STEPS + steps:
-            until = (self.told % STEPS + 1) / STEPS * job.config.ppo.total_frames
+        before, sign = self.reported, 1 if GOALS[self.search.goal][1] == "maximize" else -1
+        while self.reported < len(self.values) * STEPS + steps:
+            until = (self.reported % STEPS + 1) / STEPS * job.config.ppo.total_frames
             returns = metrics["rollout/return_mean"][metrics["frames"] <= until]
             if np.isfinite(returns).any():
-                self.trial.report(sign * float(np.nanmax(returns)), self.told)
-            self.told += 1
-        return self.told > before
-
-
-def is_held(folder):
-    """Whether a process trains in it."""
-    if not folder.is_dir():
-        return False
-    try:
-        with locked(folder):
-            return False
-    except UserError:
-        return True
-
-
-def table(search, rows=10):
-    """The best trials as Markdown."""
-    keys = list(search.ranges)
-    lines = [f"| trial | {GOALS[search.goal][0]} | {' | '.join(keys)} |", "| --- " * (2 + len(keys)) + "|"]
-    for trial in search.best_first()[:rows]:
-        told = [override.partition("=")[2] for override in overrides_of(trial.params)]
-        lines.append(f"| {trial.number} | {trial.value:.3g} | {' | '.join(told)} |")
-    return "\n".join(lines)
-
-
-def draw_search(search, output):
-    """The value of every trial in order, and over each setting, with the share that the setting mattered; a PNG."""
-    completed, importances = search.trials(TrialState.COMPLETE), search.importances()
-    numbers, values = np.array([[t.number, t.value] for t in completed]).T
-    maximize = GOALS[search.goal][1] == "maximize"
-    keys = sorted(search.ranges, key=lambda key: -importances.get(key, 0))
-    columns = min(4, 1 + len(keys))
-    rows = -(-(1 + len(keys)) // columns)
-    figure = Figure(figsize=(3.6 * columns, 3.2 * rows), layout="constrained")
-    first, *others = figure.subplots(rows, columns, squeeze=False).flat
-    first.plot(numbers, values, "o", markersize=4)
-    best = (np.maximum if maximize else np.minimum).accumulate(values)
-    first.step(numbers, best, where="post", label="best so far")
-    for trial in search.trials(TrialState.PRUNED):
-        first.axvline(trial.number, color="black", alpha=0.1, linewidth=3)
-    first.set(title="trials; gray: stopped early", xlabel="trial", ylabel=GOALS[search.goal][0])
-    first.legend(fontsize=8)
-    for axis, key in zip(others, keys, strict=False):
-        told = search.ranges[key]
-        choices = ends(told) if isinstance(told, CategoricalDistribution) else None
-        places = [choices.index(t.params[key]) if choices else t.params[key] for t in completed]
-        axis.scatter(places, values, c=numbers, cmap="viridis", s=16)
-        if choices:
-            axis.set_xticks(range(len(choices)), choices)
-        elif told.log:
-            axis.set_xscale("log")
-            axis.tick_params(axis="x", which="minor", labelbottom=False)
-        mattered = f", mattered {importances[key]:.0%}" if key in importances else ""
-        axis.set(title=key.partition(".")[2] + mattered, xlabel=key)
-    for axis in (first, *others[: len(keys)]):
-        axis.grid(alpha=0.3)
-    for axis in others[len(keys):]:
-        axis.set_axis_off()
-    picture = BytesIO()
-    figure.savefig(picture, dpi=100, format="png")
-    write_atomically(output, picture.getvalue())
+                self.trial.report(sign * float(np.nanmax(returns)), self.reported)
+            self.reported += 1
+        return self.reported > before

@@ -72,7 +72,9 @@ def test_readout_of_policies_in_two_worlds_and_over_training(readout, tmp_path, 
     header, _, lander, other, _, cart = capsys.readouterr().out.splitlines()
     assert header == "| policy | x | y | speed x | speed y | angle | spin |"
     assert other == "| policy | state 0 | state 1 | state 2 | state 3 |"
-    assert float(lander.split(" | ")[2]) > 0.5  # y: the policy knows how high it is
+    x, y = map(float, lander.split(" | ")[1:3])
+    assert y > 0.5  # the policy knows how high it is
+    assert x > 0.2  # and on which side, since what it sees in a mirror counts as that
     assert cart.count("|") == 6
     with begun(tmp_path, [*TINY, *BARE]) as run:
         for frames in (1000, 2000):

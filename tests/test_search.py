@@ -1,11 +1,12 @@
 """Searches with Optuna: what is chosen, what a trial is worth, what is stopped, and how a killed search goes on."""
 
+import argparse
 import csv
-import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -14,18 +15,23 @@ import psutil
 import pytest
 from matplotlib.image import imread
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
 
 import sweep
 from machinery.config import ConfigError, load_config
-from machinery.search import STEPS, Search, SearchError, distribution, draw_search, own_process
+from machinery.search import STEPS, Attempt, Search, SearchError, distribution
+from machinery.search_report import draw_search
 from plot import NEEDED
 from runs import CONFIG, ROOT, TINY, rows, wait, wait_for_rows, without_speed
 
 RANGES = {"ppo.gamma": FloatDistribution(0.9, 1.0)}
-NOTHING = SimpleNamespace(id=None, tag_children=lambda *_, **__: None, log=lambda *_, **__: None)
-TINY_SEARCH = ["--config", ROOT / "configs" / "cartpole.yaml", "--name", "s", *TINY, "env.shrink_factor=20",
-               "model.glimpse=16", "ppo.learning_rate=log:1e-4..1e-2", "ppo.num_steps=16,32"]
+NO_PARENT = SimpleNamespace(id=None, tag_child=lambda *_, **__: None, log=lambda *_, **__: None)
+TINY_SEARCH = [
+    "--config", ROOT / "configs" / "cartpole.yaml", "--name", "s", "ppo.learning_rate=log:1e-4..1e-2",
+    "ppo.num_steps=16,32", "ppo.total_frames=600", "env.shrink_factor=20", "model.glimpse=16",
+    *(word for word in TINY if not word.startswith(("ppo.num_steps", "ppo.total_frames")))]
 
 
 @pytest.mark.parametrize(("override", "usual", "expected"), [
@@ -40,6 +46,7 @@ TINY_SEARCH = ["--config", ROOT / "configs" / "cartpole.yaml", "--name", "s", *T
     ("ppo.gamma=0.99", 0.99, None),
     ("env.gravity=[-12,-8]", -10.0, None),
     ("model.weights=a/../b.pth", "", None),
+    ("ppo.warmup_frames=0..1e5", 0, IntDistribution(0, 100_000)),
 ])
 def test_what_a_range_means(override, usual, expected):
     assert distribution(override, usual) == expected
@@ -82,7 +89,8 @@ class Job:
 @pytest.fixture
 def search(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return lambda goal="frames", count=100: Search("sqlite:///runs/s.db", "s", goal, RANGES, {}, count)
+    return lambda goal="frames", count=100, overrides=(): Search(
+        "sqlite:///runs/s.db", "s", goal, RANGES, load_config(None, overrides), count)
 
 
 def attempt(found, *jobs):
@@ -101,14 +109,15 @@ def test_a_trial_is_worth_the_median_of_its_runs(goal, expected, search, tmp_pat
     assert one.advance(None).startswith(f"{expected:.3g} ")
     (trial,) = one.search.trials(TrialState.COMPLETE)
     assert trial.value == pytest.approx(expected)
-    assert one.values[1] == pytest.approx({"frames": 2.0, "minutes": 2.0 * STEPS, "score": 260.0}[goal])
+    assert one.values[1] == pytest.approx({"frames": 10.0, "minutes": 10.0 * STEPS, "score": 260.0}[goal])
 
 
 def test_a_run_that_came_near_is_worth_more_than_one_that_did_not(search, tmp_path):
-    found = search()
-    for name, returns in (("half", [-200] * 10 + [0] * 10), ("near", [-200] * 10 + [100] * 10)):
+    found, nan = search(), float("nan")
+    for name, returns in (
+            ("half", [-200] * 10 + [0] * 10), ("near", [nan, -200] * 5 + [100] * 10), ("none", [nan] * 20)):
         attempt(found, Job(tmp_path / name, returns)).advance(None)
-    assert [trial.value for trial in found.trials(TrialState.COMPLETE)] == pytest.approx([1.5, 1.25])
+    assert [trial.value for trial in found.trials(TrialState.COMPLETE)] == pytest.approx([2.0, 4 / 3, 10.0])
 
 
 def test_a_run_is_stopped_at_its_goal_and_the_hopeless_is_stopped_early(search, tmp_path):
@@ -127,65 +136,144 @@ def test_a_run_is_stopped_at_its_goal_and_the_hopeless_is_stopped_early(search, 
         one = attempt(found, job)
         said = one.advance(None)
         assert (said is None) if told is None else told in said, said
-        one._end(signal.SIGTERM)
+        one._end()
     assert len(found.trials(TrialState.PRUNED)) == 1
-    draw_search(found, tmp_path / "search.png")
+    draw_search(found, {"ppo.gamma": 1.0}, tmp_path / "search.png")
     assert imread(tmp_path / "search.png").shape[0] == 320
 
 
-def test_what_cannot_be_trained_is_told_and_not_tried_for_ever(search, tmp_path):
+def test_a_good_first_run_does_not_hide_a_bad_second_one(search, tmp_path):
     found = search()
-    one = attempt(found, Job(tmp_path / "a", [], sleeps="no number"))
+    for i in range(5):
+        one = attempt(found, *(Job(tmp_path / f"{i}-{seed}", LEARNS) for seed in (1, 2)))
+        assert one.advance(None) is None
+        assert one.advance(None).startswith("0.45 ")
+    one = attempt(found, Job(tmp_path / "good", LEARNS), Job(tmp_path / "bad", [-200] * 10, done=False))
     assert one.advance(None) is None
-    one.process.wait()
-    assert one.advance(None) == "failed"
+    assert one.advance(None).startswith(f"stopped early in {tmp_path}/bad, after 0.50 M")
+
+
+def test_what_cannot_be_trained_is_told_and_not_tried_for_ever(search, tmp_path):
+    found, watch, begun = search(), SimpleNamespace(received=None), []
+
+    def jobs_of(name, _):
+        begun.append(name)
+        return [Job(tmp_path / name, [], sleeps="no number")]
+
+    with pytest.raises(SearchError, match=r"^5 trials in a row could not be trained, the last one: .*004 ended with"):
+        found.run(jobs_of, 1, NO_PARENT, watch)
+    assert len(begun) == len(found.trials(TrialState.FAIL)) == len(found.trials()) == 5
 
     def impossible(*_):
         raise ConfigError("ppo.num_minibatches=3 must divide 64")
 
-    with pytest.raises(SearchError, match=r"^5 trials in a row could not be trained, the last one: ppo\.num_minib"):
+    with pytest.raises(SearchError, match=r"^100 choices in a row do not go together, the last one: ppo\.num_minib"):
         found._begin(impossible)
-    assert len(found.trials(TrialState.FAIL)) == 5
+
+
+def test_a_run_that_ends_while_it_is_looked_at_is_not_lost(search, tmp_path, monkeypatch):
+    found = search()
+    job = Job(tmp_path / "a", [-200] * 10, done=False)
+    one = attempt(found, job)
+    one.advance(None)
+    monkeypatch.setattr(one, "_hopeless", lambda *_: one.process.kill() or (one.process.wait() and False))
+    assert one.advance(None) is None
+    job.is_done = True
+    assert one.advance(None).startswith("5 ")
+
+
+def test_trouble_with_the_database_leaves_no_run_behind(search, tmp_path, capsys, monkeypatch):
+    found, jobs = search(count=2), []
+
+    def jobs_of(name, _):
+        jobs.append(Job(tmp_path / name, [], done=False))
+        return jobs[-1:]
+
+    def locked(*_, **__):
+        raise StorageInternalError("An exception is raised") from OperationalError("UPDATE", {}, "database is locked")
+
+    def advance(one, parent, usual=Attempt.advance):
+        return locked() if one.process else usual(one, parent)
+
+    monkeypatch.setattr(found.study, "tell", locked)
+    monkeypatch.setattr(Attempt, "advance", advance)
+    with pytest.raises(SearchError, match=r"the study cannot be used any more: .*database is locked; the same command"):
+        found.run(jobs_of, 2, NO_PARENT, SimpleNamespace(received=None))
+    assert [job.started[0].returncode for job in jobs] == [-signal.SIGTERM] * 2
+    assert capsys.readouterr().err.count("database is locked") == 2
 
 
 def test_a_stopped_or_killed_search_goes_on_with_its_trials(search, tmp_path):
     found = search()
     one = attempt(found, Job(tmp_path / "a", [], done=False))
     one.advance(None)
-    one.stop(signal.SIGTERM)
+    one.signal(signal.SIGTERM)
+    one.put_back()
+    assert one.process.returncode == -signal.SIGTERM
     again = attempt(found, Job(tmp_path / "a", LEARNS))
     assert again.trial.params == one.trial.params
     assert again.trial.user_attrs["name"] == one.trial.user_attrs["name"] == "trial-000"
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    again.trial.set_user_attr("process", [ended.pid, time.time()])
+    orphan = subprocess.Popen(["sleep", "60"])
+    again.trial.set_user_attr("trainer", [orphan.pid, psutil.Process(orphan.pid).create_time()])
+    again.trial.set_user_attr("process", [orphan.pid, 0.0])  # a process of another time
+    threading.Thread(target=orphan.wait).start()
     found = search()  # another process, later
     killed = attempt(found, Job(tmp_path / "a", LEARNS))
+    assert orphan.wait(timeout=10) == -signal.SIGTERM
     assert killed.trial.params == one.trial.params
+    assert killed.trial.user_attrs["name"] == "trial-000"
+    running = attempt(found, Job(tmp_path / "b", []))  # somebody is at the other one
+    assert running.trial.user_attrs["name"] == f"trial-{running.trial.number:03d}"
     assert killed.advance(None).startswith("0.45")
-    running = attempt(found, Job(tmp_path / "b", []))
-    assert search().trials(TrialState.RUNNING)[0].number == running.trial.number  # somebody is at it
-    assert running.trial.user_attrs["process"] == own_process()
+
+
+def test_a_trial_of_another_machine_is_taken_over_when_it_has_not_been_heard_of_for_long(search, tmp_path):
+    found = search()
+    one = attempt(found, Job(tmp_path / "a", []))
+    one.trial.set_user_attr("host", "elsewhere")
+    assert attempt(found, Job(tmp_path / "b", [])).trial.user_attrs["name"] == "trial-001"
+    one.trial.set_user_attr("seen", time.time() - 3600)
+    assert attempt(found, Job(tmp_path / "a", [])).trial.user_attrs["name"] == "trial-000"
 
 
 def test_enough_is_enough(search, tmp_path):
     found = search(count=2)
     watch = SimpleNamespace(received=None)
-    found.run(lambda name, _: [Job(tmp_path / name, LEARNS)], 2, NOTHING, watch)
+    found.run(lambda name, _: [Job(tmp_path / name, LEARNS)], 2, NO_PARENT, watch)
     assert len(found.trials()) == 2
-    found.run(lambda name, _: pytest.fail("a third"), 2, NOTHING, watch)
+    found.run(lambda name, _: pytest.fail("a third"), 2, NO_PARENT, watch)
 
 
 def test_another_search_does_not_go_on_with_this_one(search):
     search()
+    search(overrides=["run.seed=5", "evaluation.episodes=7", "ppo.gamma=0.5"])
     with pytest.raises(ConfigError, match="goal was frames, asked for score; choose another --name"):
         search("score")
+    with pytest.raises(ConfigError, match=r"ppo\.clip_coef was 0\.2, asked for 0\.1; choose another --name"):
+        search(overrides=["ppo.clip_coef=0.1"])
+
+
+def test_the_kind_of_a_range_and_what_goes_together_depend_on_the_other_settings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = argparse.Namespace(config=CONFIG, goal="frames", study=None, trials=1)
+    found, jobs_of, fixed, _ = sweep.plan_search(args, "s", ["1", "2"], [
+        "model.name=transformer", "model.spatial_layers=1..4", "env.num_envs=12,24", "env.num_workers=3,4",
+        "env.gravity=[-12,-8]"])
+    assert found.ranges["model.spatial_layers"] == IntDistribution(1, 4)
+    assert fixed == ["model.name=transformer", "env.gravity=[-12,-8]"]
+    jobs = jobs_of("trial-000", ["model.spatial_layers=2", "env.num_envs=12", "env.num_workers=3"])
+    assert [job.folder.name for job in jobs] == ["s-trial-000-seed-1", "s-trial-000-seed-2"]
+    assert jobs[1].config.env.gravity == [-12, -8]
+    (tmp_path / "runs" / "t-trial-000-seed-1").mkdir()
+    with pytest.raises(ConfigError, match="t-trial-000-seed-1: is a run of an earlier search"):
+        sweep.plan_search(args, "t", ["1"], ["ppo.gamma=0.9..1"])
 
 
 @pytest.mark.parametrize(("args", "told"), [
     ([], "nothing to choose from"),
     (["ppo.gamma=0.9..1.5"], "ppo.gamma=1.5"),
     (["ppo.gama=0.9..1"], "ppo.gamma"),
+    (["ppo.gamma=0.9..1", "ppo.gamma=0.95"], "ppo.gamma: is given twice"),
     (["ppo.gamma=0.9..1", "--trials", "0"], "--trials 0: must be 1 or more"),
     (["ppo.gamma=0.9..1", "env.id=Pendulum-v1", "model.mirror=false"], "nobody has said when Pendulum-v1 is solved"),
     (["ppo.gamma=0.9..1", "--goal", "score", "evaluation.episodes=0"], "needs evaluation.episodes of 1 or more"),
@@ -202,23 +290,26 @@ def test_mistakes_are_one_line_before_anything_starts(args, told, tmp_path, monk
 
 
 def test_a_killed_search_goes_on_and_is_one_family_in_mlflow(tmp_path, monkeypatch, capsys):
-    words = [*map(str, TINY_SEARCH), "ppo.total_frames=600", "--trials", "2"]
+    words = [*map(str, TINY_SEARCH), "--trials", "2"]
     first = tmp_path / "runs" / "s-trial-000-seed-1"
-    process = subprocess.Popen([sys.executable, ROOT / "sweep.py", *words], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "sweep.py", *words], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     wait(process, (first / "metrics.csv").exists, seconds=120)
     wait_for_rows(process, first, 1)
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
-    os.kill(next(child.pid for child in children if "train.py" in " ".join(child.cmdline())), signal.SIGKILL)
+    process.stdout.close()
+    trainer = next(child for child in children if "train.py" in " ".join(child.cmdline()))
     begun = rows(first)
 
     monkeypatch.chdir(tmp_path)
     sweep.main(words)
     assert without_speed(rows(first))[: len(begun)] == without_speed(begun)
+    assert not trainer.is_running()
     shown = capsys.readouterr().out
-    assert len(re.findall(r"^\| [12] \| 0\.\d+ \|", shown, re.MULTILINE)) == 2
-    assert "what mattered: too few trials to tell\nruns/s.png\n" in shown
+    assert set(re.findall(r"^\| (trial-00\d) \| 0\.\d+ \|", shown, re.MULTILINE)) == {"trial-000", "trial-002"}
+    assert "what mattered: too few trials to tell\n" in shown
     assert re.search(r"^python train\.py --config \S+cartpole\.yaml .* ppo\.num_steps=\d\d$", shown, re.MULTILINE)
     study = optuna.load_study(study_name="s", storage="sqlite:///runs/s.db")
     assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
