@@ -553,11 +553,14 @@ class TemporalResNet(Temporal):
                 f"model.weights={source}: not weights of {options.resnet} ({unfit[0]} is missing or differs)")
         self.resnet.load_state_dict({key: renamed[key] for key in ours})
 
-    @torch.no_grad()
     def calibrate(self, frames):
         super().calibrate(frames)
-        if self.options.weights != "none":
-            return
+        if self.options.weights == "none":
+            self._measure_norms(frames)
+
+    @torch.no_grad()
+    def _measure_norms(self, frames):
+        """The statistics of what the batch normalisations see: from these frames, and once."""
         norms = [module for module in self.resnet.modules() if isinstance(module, nn.BatchNorm2d)]
         for norm in norms:
             norm.reset_running_stats()

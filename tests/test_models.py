@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -117,6 +118,10 @@ def test_auxiliary_losses_get_the_features_of_the_minibatch_alone(frames):
 def test_a_learned_eye_goes_on_learning_with_its_policy(name, frames):
     torch.manual_seed(0)
     policy = make_policy(POLICIES[name].Options(eye="learned"), SPACES).train()
+    before = [parameter.clone() for parameter in policy.eye.parameters()]
+    policy.eye.calibrate = partial(policy.eye.calibrate, steps=1)
+    policy.calibrate(frames)
+    assert any(not torch.equal(p, q) for p, q in zip(before, policy.eye.parameters(), strict=True))
     frame_store, frame_ids = policy.preprocess_stacks(frames)
     assert policy(frame_store, frame_ids).losses == {}
     losses = policy(frame_store, frame_ids, SimpleNamespace(frame_store=frame_store, frame_ids=frame_ids)).losses
