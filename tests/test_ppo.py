@@ -314,7 +314,7 @@ def small_policy(name):
     return make_policy(options, Spaces(frame_stack=2, planes=1, height=32, width=32, num_actions=2))
 
 
-PIXELS = {"stack": 2, "shape": (2, 32, 32), "learning_rate": 2e-3, "updates": 15}
+PIXELS = {"stack": 2, "shape": (2, 32, 32), "learning_rate": 2e-3, "updates": 25}
 
 
 @pytest.mark.parametrize("name", POLICIES)
