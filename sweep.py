@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from machinery.checkpoint import CheckpointError, load_checkpoint
-from machinery.config import Config, ConfigError, ConflictError, changed_keys, load_config, masked
+from machinery.config import Config, ConfigError, ConflictError, changed_keys, load_config, masked, split_choices
 from machinery.errors import first_line, one_line
 from machinery.parent_run import ParentRun
 from machinery.run_folder import RESUMABLE, is_finished
@@ -39,7 +39,6 @@ from machinery.terminal import Outlet
 from plot import PlotError, reached, read_metrics
 
 TRAIN = Path(__file__).parent / "train.py"
-OUTER_COMMA = re.compile(r",(?![^\[{]*[\]}])")  # not one of a list [low, high] or of a dict
 
 
 @dataclass
@@ -93,7 +92,7 @@ def plan(source, name, seeds, overrides):
         key, _, values = override.partition("=")
         if key in ("run.seed", "run.name"):
             raise ConfigError(f"{override}: a sweep gives each run its seed and name; use --seeds and --name")
-        choices.append([f"{key}={value}" for value in OUTER_COMMA.split(values)])
+        choices.append([f"{key}={value}" for value in split_choices(values)])
     varied = [options for options in choices if len(options) > 1]
     jobs = []
     for combination in itertools.product(*choices):

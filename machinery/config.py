@@ -373,6 +373,11 @@ def check_config(tree, source="config"):
     raise ConfigError(f"{source}: {key}={error['input']!r}: {message}")
 
 
+def split_choices(text):
+    """The values of `value,value`; a comma within a list [low, high] or a dict is none between values."""
+    return re.split(r",(?![^\[{]*[\]}])", text)
+
+
 def changed_keys(before, after):
     """{"section.key": (value before, value after)} of the settings in which two configs differ."""
     before, after = before.flat(), after.flat()

@@ -27,7 +27,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from machinery.config import ConfigError, masked
+from machinery.config import ConfigError, masked, split_choices
 from machinery.errors import UserError, first_line
 from machinery.files import locked
 from plot import PlotError, reached, read_metrics
@@ -58,7 +58,8 @@ def distribution(override, usual):
     """
     text = override.partition("=")[2].strip()
     if isinstance(usual, str) or not (match := RANGE.fullmatch(text)):  # a text may be a path with .. in it
-        return CategoricalDistribution(text.split(",")) if "," in text and not text.startswith(("[", "{")) else None
+        values = split_choices(text)
+        return CategoricalDistribution(values) if len(values) > 1 else None
     log, *ends = match.groups()
     whole = isinstance(usual, int) and not isinstance(usual, bool)
     try:
@@ -79,7 +80,8 @@ def first_of(override):
     key, _, text = override.partition("=")
     if match := RANGE.fullmatch(text.strip()):
         return f"{key}={match[2]}"
-    return f"{key}={text.split(',')[0]}" if "," in text and not text.strip().startswith(("[", "{")) else None
+    first, *others = split_choices(text)
+    return f"{key}={first}" if others else None
 
 
 def ends(choice):
@@ -92,18 +94,22 @@ def overrides_of(params):
     return [f"{key}={value}" for key, value in params.items()]
 
 
-def own_process():
-    """What tells this process from all others on this machine, also later."""
-    return [os.getpid(), psutil.Process().create_time()]
+def identity(pid):
+    """What tells a process from all others on this machine, also later."""
+    return [pid, psutil.Process(pid).create_time()]
 
 
-def living(process):
-    """The psutil.Process that `own_process` told of; None if it has ended."""
+def living(told):
+    """The psutil.Process that `identity` told of; None if it has ended."""
     with suppress(psutil.NoSuchProcess, TypeError):  # TypeError: nothing was told
-        found = psutil.Process(process[0])
-        if abs(found.create_time() - process[1]) < 1:
-            return found
+        if abs(identity(told[0])[1] - told[1]) < 1:
+            return psutil.Process(told[0])
     return None
+
+
+def sign(study):
+    """1 where larger values are better, else -1."""
+    return 1 if study.direction == optuna.study.StudyDirection.MAXIMIZE else -1
 
 
 class BehindTheOthers(optuna.pruners.BasePruner):
@@ -121,8 +127,7 @@ class BehindTheOthers(optuna.pruners.BasePruner):
             TrialState.COMPLETE, TrialState.PRUNED)) if step in other.intermediate_values]
         if len(others) < COMPARED:
             return False
-        sign = 1 if study.direction == optuna.study.StudyDirection.MAXIMIZE else -1
-        return sign * trial.intermediate_values[step] < sign * statistics.median(others)
+        return sign(study) * (trial.intermediate_values[step] - statistics.median(others)) < 0
 
 
 class Search:
@@ -202,8 +207,8 @@ class Search:
                 return None
             trial = self.study.ask(self.ranges)
             name = trial.user_attrs.get("name", f"trial-{trial.number:03d}")
-            for key, value in {
-                    "name": name, "host": platform.node(), "process": own_process(), "seen": time.time()}.items():
+            told = {"name": name, "host": platform.node(), "process": identity(os.getpid()), "seen": time.time()}
+            for key, value in told.items():
                 trial.set_user_attr(key, value)
             chosen = overrides_of(trial.params)
             try:
@@ -239,8 +244,7 @@ class Search:
 
     def best_first(self):
         """Completed trials, the best first."""
-        return sorted(self.trials(TrialState.COMPLETE), key=lambda trial: trial.value,
-                      reverse=GOALS[self.goal][1] == "maximize")
+        return sorted(self.trials(TrialState.COMPLETE), key=lambda trial: -sign(self.study) * trial.value)
 
     def importances(self):
         """{key: share of the values' variance} by fANOVA (Hutter et al. 2014); {} where too little is known."""
@@ -284,8 +288,7 @@ class Attempt:
         elif self.process is None:
             self.process = job.start(parent, own_log=True)
             with suppress(psutil.NoSuchProcess):  # it is over already
-                started = [self.process.pid, psutil.Process(self.process.pid).create_time()]
-                self.trial.set_user_attr("trainer", started)
+                self.trial.set_user_attr("trainer", identity(self.process.pid))
         if len(self.values) < len(self.jobs):
             return None
         value = statistics.median(self.values)
@@ -354,11 +357,11 @@ class Attempt:
 
         A run that has reached its goal stays at its best for the rest of its steps.
         """
-        before, sign = self.reported, 1 if GOALS[self.search.goal][1] == "maximize" else -1
+        before, direction = self.reported, sign(self.search.study)
         while self.reported < len(self.values) * STEPS + steps:
             until = (self.reported % STEPS + 1) / STEPS * job.config.ppo.total_frames
             returns = metrics["rollout/return_mean"][metrics["frames"] <= until]
             if np.isfinite(returns).any():
-                self.trial.report(sign * float(np.nanmax(returns)), self.reported)
+                self.trial.report(direction * float(np.nanmax(returns)), self.reported)
             self.reported += 1
         return self.reported > before
