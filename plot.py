@@ -115,7 +115,7 @@ def draw_run(run, output):
         axis.legend(fontsize=8, loc="lower right" if axis is axes[0, 0] else "upper right")
     for axis in axes[1]:
         axis.set_xlabel("environment frames, millions")
-    _save(figure, output)
+    save_figure(figure, output)
 
 
 def draw_comparison(groups, output):
@@ -145,7 +145,7 @@ def draw_comparison(groups, output):
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("return, mean of the last 100 training episodes")
     axes[0].legend(means[: len(names)], names, loc="lower right")  # given here, so that a label may begin with _
-    _save(figure, output)
+    save_figure(figure, output)
 
 
 def _seeds(label, folders, metrics):
@@ -184,7 +184,7 @@ def draw_grids(grids, output):
             axis.set(title=title, xlabel="wind power; turbulence is a tenth of it", ylabel="gravity")
             row.colorbar(image, ax=axis)
         row.suptitle(f"{grid['checkpoint']}, {grid['mode']}, {grid['episodes']} unseen episodes each")
-    _save(figure, output)
+    save_figure(figure, output)
 
 
 def read_grid(path):
@@ -197,7 +197,8 @@ def read_grid(path):
         raise PlotError(f"{path}: not what evaluate.py --grid writes ({reason})") from None
 
 
-def _save(figure, output):
+def save_figure(figure, output):
+    """The picture under `output`, whole or not at all, in the format that its name says; PlotError if it cannot be."""
     picture = BytesIO()
     try:
         figure.savefig(picture, dpi=100, format=Path(output).suffix[1:] or "png")

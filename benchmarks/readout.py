@@ -26,6 +26,7 @@ from lander import RenderedLander
 from machinery.checkpoint import load_policy, read_checkpoint
 from machinery.drawing import Figure
 from machinery.errors import UserError, one_line
+from plot import save_figure
 from task import ENV_ID
 
 FITTED, MEASURED, FIRST_SEED = 40, 20, 3_000_000  # episodes, and a seed that nobody else uses
@@ -132,10 +133,7 @@ def draw(frames, results, output):
              ylabel="R2 of a linear read-out on unseen episodes")
     axis.grid(alpha=0.3)
     axis.legend()
-    try:
-        figure.savefig(output, dpi=100)
-    except ValueError as error:  # a format that matplotlib does not know
-        raise UserError(f"{output}: {error}") from None
+    save_figure(figure, output)
 
 
 def main(argv=None):

@@ -1,14 +1,12 @@
 """What a search has found: the best trials as a table, and all of them as a picture."""
 
-from io import BytesIO
-
 import numpy as np
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 
 from machinery.drawing import Figure
-from machinery.files import write_atomically
 from machinery.search import GOALS, ends
+from plot import save_figure
 
 
 def table(search, rows=10):
@@ -54,6 +52,4 @@ def draw_search(search, importances, output):
         axis.grid(alpha=0.3)
     for axis in others[len(keys):]:
         axis.set_axis_off()
-    picture = BytesIO()
-    figure.savefig(picture, dpi=100, format="png")
-    write_atomically(output, picture.getvalue())
+    save_figure(figure, output)

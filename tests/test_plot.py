@@ -26,8 +26,8 @@ def write_metrics(folder, offset=0.0, rows=20):
 @pytest.fixture
 def figures(monkeypatch):
     """Figures as they are about to be saved."""
-    drawn, save = [], plot._save
-    monkeypatch.setattr(plot, "_save", lambda figure, output: (drawn.append(figure), save(figure, output)))
+    drawn, save = [], plot.save_figure
+    monkeypatch.setattr(plot, "save_figure", lambda figure, output: (drawn.append(figure), save(figure, output)))
     return drawn
 
 
