@@ -27,11 +27,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from torch import nn
 from torch.nn import functional as F
 
-from eyes import EYES, PolicyError
+from eyes import EYES, PolicyError, mean_place
 
 LOG_STD = -0.5  # of continuous actions at the start: a deviation of 0.6, where actions lie between -1 and 1
 # A learned eye goes on learning: from so many stacks of each minibatch, with this weight of its loss, at this rate.
 EYE_STACKS, EYE_COEF, EYE_LEARNING_RATE = 4, 0.1, 0.004
+PLACES, PLACE_WIDTH = 8, 32  # of an AttentionPool: places at once, and numbers that say what is at one
 STAGES = ("layer1", "layer2", "layer3", "layer4")  # of a ResNet
 
 
@@ -184,9 +185,15 @@ def orthogonal(layer, gain=2**0.5):
     return layer
 
 
-def channels_last(pictures):
-    """uint8 (B, C, h, w) -> a new float32 tensor in the layout in which convolutions are fastest."""
-    return pictures.contiguous(memory_format=torch.channels_last).float()  # moved while a pixel is still one byte
+def channels_last(pictures, dtype=torch.float32):
+    """uint8 (B, C, h, w) -> a new float tensor in the layout in which convolutions are fastest."""
+    return pictures.contiguous(memory_format=torch.channels_last).to(dtype)  # moved while a pixel is still one byte
+
+
+def autocast_dtype(device):
+    """In which numbers convolutions on this device compute now; bfloat16 holds pixels, 0 to 255, exactly."""
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if enabled else torch.float32
 
 
 def take(pictures, rows, mirrored=None):
@@ -197,8 +204,8 @@ def take(pictures, rows, mirrored=None):
     pictures = pictures.index_select(0, rows)
     if mirrored is None:
         return pictures
-    both = torch.cat([pictures, pictures.flip(3)])
-    return both.index_select(0, torch.arange(len(rows), device=rows.device) + len(rows) * mirrored)
+    turned = mirrored.nonzero()[:, 0]
+    return pictures.index_copy_(0, turned, pictures.index_select(0, turned).flip(3))
 
 
 class Policy(nn.Module):
@@ -216,8 +223,7 @@ class Policy(nn.Module):
         glimpse: int = Field(32, ge=16, description="side in pixels of the cut-out around what moves")
         subpixel: bool = Field(True, description="cut out exactly around the spot, between pixels; false: whole pixels")
         mirror: bool = Field(
-            True, description="treat a lander on the left as one on the right seen in a mirror; without an eye, take "
-            "the mean of what both views say")
+            True, description="treat a lander on the left as one on the right seen in a mirror")
         features: int = Field(256, ge=1, le=10**10, description="units of the hidden layer before the two heads")
 
         @model_validator(mode="before")
@@ -287,17 +293,11 @@ class Policy(nn.Module):
 
         While learning, `minibatch` is the train.Rollout of these decisions, (B, ...).
         """
-        both = self.options.mirror and self.eye is None  # nothing tells on which side things are
-        if both:
-            mirrored = torch.arange(2 * len(frame_ids), device=frame_ids.device) >= len(frame_ids)
-            frame_ids = frame_ids.repeat(2, 1)
-        else:
-            mirrored = self.mirrored(frame_store, frame_ids)
+        mirrored = self.mirrored(frame_store, frame_ids)
         features = self.features(frame_store, frame_ids, mirrored)
-        output = self.decide(features, mirrored, both)
+        output = self.decide(features, mirrored)
         if minibatch is not None:
-            own = features[: len(minibatch.frame_ids)]  # without those of the other view
-            output.losses.update(self.losses(own, minibatch))
+            output.losses.update(self.losses(features, minibatch))
         return output
 
     def losses(self, features, minibatch):
@@ -309,8 +309,18 @@ class Policy(nn.Module):
         return {"eye": EYE_COEF * self.eye.loss(stacks)}
 
     def mirrored(self, frame_store, frame_ids):
-        """bool (B,): whether this decision is seen in the mirror, because the newest glimpse is left of the middle."""
-        return (frame_store["positions"][frame_ids[:, -1], 0] < 0) & self.options.mirror
+        """bool (B,): whether this decision is seen in the mirror, because what moves is left of the middle.
+
+        The eye says where that is. Without one, that half of the picture counts in which more has changed.
+        """
+        newest = frame_ids[:, -1]
+        if self.eye or not self.options.mirror:
+            return (frame_store["positions"][newest, 0] < 0) & self.options.mirror
+        before = frame_ids[:, -2:][:, 0]
+        pictures = frame_store["pictures"]
+        changes = (pictures.index_select(0, newest).short() - pictures.index_select(0, before).short()).abs()
+        half = changes.shape[3] // 2
+        return changes[..., :half].sum((1, 2, 3)) > changes[..., -half:].sum((1, 2, 3))
 
     def places(self, frame_store, frame_ids, mirrored):
         """Where the glimpses were and how they moved, float32 (B, S, 4): x, y, and their change since the last frame.
@@ -322,11 +332,8 @@ class Policy(nn.Module):
         positions = torch.stack([x, positions[..., 1]], -1)
         return torch.cat([3 * positions, 60 * F.pad(positions.diff(dim=1), (0, 0, 1, 0))], -1)
 
-    def decide(self, inputs, mirrored, both=False):
-        """inputs (B, I) -> PolicyOutput; in float32, since probabilities are exponentials.
-
-        both: the second half of the inputs are the first half's decisions in the mirror; the output is their mean.
-        """
+    def decide(self, inputs, mirrored):
+        """inputs (B, I) -> PolicyOutput; in float32, since probabilities are exponentials."""
         with torch.autocast(inputs.device.type, enabled=False):
             hidden = self.hidden(inputs.float())
             actor, value = self.actor(hidden), self.critic(hidden)[:, 0]
@@ -334,11 +341,59 @@ class Policy(nn.Module):
                 other = list(self.spaces.mirrored_actions)
                 other = actor * torch.tensor(other, device=actor.device) if self.spaces.continuous else actor[:, other]
                 actor = torch.where(mirrored[:, None], other, actor)
-            if both:
-                actor, value = actor.unflatten(0, (2, -1)).mean(0), value.unflatten(0, (2, -1)).mean(0)
             if self.spaces.continuous:
                 return PolicyOutput(DiagonalGaussian(actor, self.log_std), value)
             return PolicyOutput(Categorical(actor), value)
+
+
+class ChangeConv(nn.Conv2d):
+    """A convolution over S stacked frames that sees the newest one, and what changed from each frame to the next.
+
+    Most of what stands still is then zero, so what moves stands out from the first update on. The differences are not
+    made of the pixels, but, which is the same and costs nothing, of the weights.
+    """
+
+    def __init__(self, frame_stack, planes, *args, **kwargs):
+        super().__init__(frame_stack * planes, *args, **kwargs)
+        views = torch.zeros(frame_stack, frame_stack)  # row: what is seen; column: of which frame, oldest first
+        views[0, -1] = 1
+        for i in range(1, frame_stack):
+            views[i, i], views[i, i - 1] = 2, -2  # about as large as the frame itself
+        self.register_buffer("views", views / 255, persistent=False)
+
+    def forward(self, pictures):
+        """Pixels 0 to 255, (B, S * planes, h, w), oldest frame first -> (B, C, h', w')."""
+        weight = self.weight.unflatten(1, (len(self.views), -1))  # (C, S, planes, kh, kw)
+        weight = torch.einsum("csphw,sf->cfphw", weight, self.views).flatten(1, 2)
+        return F.conv2d(pictures, weight, self.bias, self.stride, self.padding)
+
+
+class AttentionPool(nn.Module):
+    """Looks at some places of a map at once, and says what is there and where: attention with learned queries.
+
+    (Lee et al. 2019, "Set Transformer", arXiv:1810.00825, sec. 3.2, pool a set so; the mean place under the attention
+    is the spatial softmax of Levine et al. 2016, arXiv:1504.00702.) A flattened map has weights of its own for each
+    place of a lander, and must see it at all of them to learn; here what is learned at one is known at all.
+    """
+
+    SHARPNESS = 3.0  # so that at first the attention is neither spread over all of the map nor nailed to one place
+
+    def __init__(self, width):
+        super().__init__()
+        self.query = nn.Linear(width, PLACES)
+        self.value = nn.Linear(width, PLACE_WIDTH)
+
+    def forward(self, tokens, size):
+        """A map of size (h, w), float (B, h * w, C) -> what is there, float32 (B, PLACES, PLACE_WIDTH), and where.
+
+        The places are float32 (B, PLACES, 2), x and y in -1..1.
+        """
+        attention = (self.SHARPNESS * self.query(tokens).float()).softmax(1).transpose(1, 2)  # (B, PLACES, h * w)
+        what = self.value(attention @ tokens).float()
+        with torch.autocast(tokens.device.type, enabled=False):  # places are finer than bfloat16 can tell
+            where = mean_place(attention.reshape(-1, *size)).view(-1, PLACES, 2)
+        height, width = size
+        return what, where / torch.tensor([(width - 1) / 2, (height - 1) / 2], device=tokens.device) - 1
 
 
 class CNN(Policy):
@@ -346,15 +401,25 @@ class CNN(Policy):
 
     class Options(Policy.Options):
         name: Literal["cnn"] = Field("cnn", description="which policy: a name in POLICIES")
+        pooling: Literal["flatten", "attention"] = Field(
+            "flatten", description="what becomes of the last map: all of it, or what is at some places that it finds")
 
     def __init__(self, options, spaces):
         super().__init__(options, spaces)
         planes = spaces.frame_stack * spaces.planes
-        self.convs = nn.Sequential(
-            orthogonal(nn.Conv2d(planes, 32, 4, stride=2)), nn.ReLU(),
-            orthogonal(nn.Conv2d(32, 64, 3, stride=2)), nn.ReLU(),
-            orthogonal(nn.Conv2d(64, 64, 3)), nn.ReLU(), nn.Flatten())
-        flat = self.convs(torch.zeros(1, planes, *self.picture_size)).shape[1]
+        if options.pooling == "attention":
+            self.convs = nn.Sequential(
+                orthogonal(ChangeConv(spaces.frame_stack, spaces.planes, 16, 3, stride=2, padding=1)), nn.ReLU(),
+                orthogonal(nn.Conv2d(16, 32, 3, stride=2, padding=1)), nn.ReLU(),
+                orthogonal(nn.Conv2d(32, 64, 3, padding=1)))
+            self.pool = AttentionPool(64)
+            flat = PLACES * (PLACE_WIDTH + 2)
+        else:
+            self.convs = nn.Sequential(
+                orthogonal(nn.Conv2d(planes, 32, 4, stride=2)), nn.ReLU(),
+                orthogonal(nn.Conv2d(32, 64, 3, stride=2)), nn.ReLU(),
+                orthogonal(nn.Conv2d(64, 64, 3)), nn.ReLU(), nn.Flatten())
+            flat = self.convs(torch.zeros(1, planes, *self.picture_size)).shape[1]
         self.what = nn.Sequential(orthogonal(nn.Linear(flat, options.features)), nn.ReLU())
         self.make_heads(options.features + 2 * spaces.frame_stack)
 
@@ -362,11 +427,15 @@ class CNN(Policy):
         turned = mirrored.repeat_interleave(self.spaces.frame_stack) if self.options.mirror else None
         pictures = take(frame_store["pictures"], frame_ids.flatten(), turned)  # (B * S, planes, h, w)
         pictures = pictures.view(len(frame_ids), -1, *self.picture_size)  # (B, S * planes, h, w)
-        pictures = channels_last(pictures).div_(255).sub_(0.25)
-        what = self.what(self.convs(pictures)).float()
+        if self.options.pooling == "attention":
+            maps = self.convs(channels_last(pictures, autocast_dtype(pictures.device)))
+            spots = self.pool(maps.flatten(2).transpose(1, 2), maps.shape[2:])
+            seen = torch.cat([part.flatten(1) for part in spots], 1)
+        else:
+            seen = self.convs(channels_last(pictures).div_(255).sub_(0.25))
         places = self.places(frame_store, frame_ids, mirrored)
         where = torch.cat([places[:, -1, :2], places[:, 1:, 2:].flatten(1)], 1)  # (B, 2 S): newest place, all changes
-        return torch.cat([what, where], 1)
+        return torch.cat([self.what(seen).float(), where], 1)
 
 
 def transformer(width, heads, layers, residual_gain=0.1):
