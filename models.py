@@ -18,6 +18,7 @@ To add a policy, subclass Policy, or Temporal, and name it in POLICIES at the en
 import math
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -223,7 +224,10 @@ class Policy(nn.Module):
         glimpse: int = Field(32, ge=16, description="side in pixels of the cut-out around what moves")
         subpixel: bool = Field(True, description="cut out exactly around the spot, between pixels; false: whole pixels")
         mirror: bool = Field(
-            True, description="treat a lander on the left as one on the right seen in a mirror")
+            True, description="treat a lander on the left as one on the right seen in a mirror; without an eye, take "
+            "the mean of what both views say")
+        pooling: Literal["flatten", "attention"] = Field(
+            "flatten", description="of the last map the policy takes all, or what is at some places that it looks for")
         features: int = Field(256, ge=1, le=10**10, description="units of the hidden layer before the two heads")
 
         @model_validator(mode="before")
@@ -293,11 +297,16 @@ class Policy(nn.Module):
 
         While learning, `minibatch` is the train.Rollout of these decisions, (B, ...).
         """
-        mirrored = self.mirrored(frame_store, frame_ids)
-        features = self.features(frame_store, frame_ids, mirrored)
-        output = self.decide(features, mirrored)
+        if self.options.mirror and self.eye is None:  # nothing tells on which side things are
+            features = self.both_views(frame_store, frame_ids)
+            output = self.decide(features, torch.arange(len(features), device=frame_ids.device) >= len(frame_ids))
+        else:
+            mirrored = self.mirrored(frame_store, frame_ids)
+            features = self.features(frame_store, frame_ids, mirrored)
+            output = self.decide(features, mirrored)
         if minibatch is not None:
-            output.losses.update(self.losses(features, minibatch))
+            own = features[: len(minibatch.frame_ids)]  # without those of the other view
+            output.losses.update(self.losses(own, minibatch))
         return output
 
     def losses(self, features, minibatch):
@@ -309,18 +318,13 @@ class Policy(nn.Module):
         return {"eye": EYE_COEF * self.eye.loss(stacks)}
 
     def mirrored(self, frame_store, frame_ids):
-        """bool (B,): whether this decision is seen in the mirror, because what moves is left of the middle.
+        """bool (B,): whether this decision is seen in the mirror, because the newest glimpse is left of the middle."""
+        return (frame_store["positions"][frame_ids[:, -1], 0] < 0) & self.options.mirror
 
-        The eye says where that is. Without one, that half of the picture counts in which more has changed.
-        """
-        newest = frame_ids[:, -1]
-        if self.eye or not self.options.mirror:
-            return (frame_store["positions"][newest, 0] < 0) & self.options.mirror
-        before = frame_ids[:, -2:][:, 0]
-        pictures = frame_store["pictures"]
-        changes = (pictures.index_select(0, newest).short() - pictures.index_select(0, before).short()).abs()
-        half = changes.shape[3] // 2
-        return changes[..., :half].sum((1, 2, 3)) > changes[..., -half:].sum((1, 2, 3))
+    def both_views(self, frame_store, frame_ids):
+        """The features of B decisions, then those of what a mirror would show: float (2 * B, I)."""
+        mirrored = torch.arange(2 * len(frame_ids), device=frame_ids.device) >= len(frame_ids)
+        return self.features(frame_store, frame_ids.repeat(2, 1), mirrored)
 
     def places(self, frame_store, frame_ids, mirrored):
         """Where the glimpses were and how they moved, float32 (B, S, 4): x, y, and their change since the last frame.
@@ -333,7 +337,11 @@ class Policy(nn.Module):
         return torch.cat([3 * positions, 60 * F.pad(positions.diff(dim=1), (0, 0, 1, 0))], -1)
 
     def decide(self, inputs, mirrored):
-        """inputs (B, I) -> PolicyOutput; in float32, since probabilities are exponentials."""
+        """inputs (B, I) -> PolicyOutput; in float32, since probabilities are exponentials.
+
+        Without an eye, the second half of the inputs are the first half's decisions in the mirror. The output is the
+        mean of both.
+        """
         with torch.autocast(inputs.device.type, enabled=False):
             hidden = self.hidden(inputs.float())
             actor, value = self.actor(hidden), self.critic(hidden)[:, 0]
@@ -341,20 +349,50 @@ class Policy(nn.Module):
                 other = list(self.spaces.mirrored_actions)
                 other = actor * torch.tensor(other, device=actor.device) if self.spaces.continuous else actor[:, other]
                 actor = torch.where(mirrored[:, None], other, actor)
+            if self.options.mirror and self.eye is None:
+                actor, value = actor.unflatten(0, (2, -1)).mean(0), value.unflatten(0, (2, -1)).mean(0)
             if self.spaces.continuous:
                 return PolicyOutput(DiagonalGaussian(actor, self.log_std), value)
             return PolicyOutput(Categorical(actor), value)
 
 
-class ChangeConv(nn.Conv2d):
+class MirrorConv(nn.Conv2d):
+    """A convolution that knows what it would say of the mirror image: a group convolution.
+
+    (Cohen & Welling 2016, arXiv:1602.07576; here the group is that of reflections.) The second half of the channels is
+    the first half with its kernels turned around. So the maps of a mirrored picture are the maps of the picture,
+    mirrored, with the two halves swapped: `mirror_image`. With stride 2 that takes an even kernel on an even width, an
+    odd one on an odd width.
+    """
+
+    def __init__(self, inputs, outputs, *args, **kwargs):
+        super().__init__(inputs, outputs // 2, *args, **kwargs)
+
+    def forward(self, maps):
+        """Maps whose second half of channels is the mirror image of the first: (B, C, h, w) -> (B, outputs, h', w')."""
+        return self.convolve(maps, self.weight, self.weight.roll(self.in_channels // 2, 1))
+
+    def convolve(self, maps, weight, other):
+        """`other` is the kernels for the mirror image, before they are turned around."""
+        return F.conv2d(maps, torch.cat([weight, other.flip(3)]), self.bias.repeat(2), self.stride, self.padding)
+
+
+def mirror_image(maps):
+    """What MirrorConvs make of the mirror image of that of which they made `maps`, (B, C, h, w) -> same."""
+    return maps.roll(maps.shape[1] // 2, 1).flip(3)
+
+
+class ChangeConv(MirrorConv):
     """A convolution over S stacked frames that sees the newest one, and what changed from each frame to the next.
 
     Most of what stands still is then zero, so what moves stands out from the first update on. The differences are not
-    made of the pixels, but, which is the same and costs nothing, of the weights.
+    made of the pixels, but, which is the same and costs nothing, of the weights. With `mirror`, the second half of the
+    channels are the first half's mirror images.
     """
 
-    def __init__(self, frame_stack, planes, *args, **kwargs):
-        super().__init__(frame_stack * planes, *args, **kwargs)
+    def __init__(self, frame_stack, planes, outputs, *args, mirror=False, **kwargs):
+        super().__init__(frame_stack * planes, outputs if mirror else 2 * outputs, *args, **kwargs)
+        self.mirror = mirror
         views = torch.zeros(frame_stack, frame_stack)  # row: what is seen; column: of which frame, oldest first
         views[0, -1] = 1
         for i in range(1, frame_stack):
@@ -362,9 +400,11 @@ class ChangeConv(nn.Conv2d):
         self.register_buffer("views", views / 255, persistent=False)
 
     def forward(self, pictures):
-        """Pixels 0 to 255, (B, S * planes, h, w), oldest frame first -> (B, C, h', w')."""
+        """Pixels 0 to 255, (B, S * planes, h, w), oldest frame first -> (B, outputs, h', w')."""
         weight = self.weight.unflatten(1, (len(self.views), -1))  # (C, S, planes, kh, kw)
         weight = torch.einsum("csphw,sf->cfphw", weight, self.views).flatten(1, 2)
+        if self.mirror:
+            return self.convolve(pictures, weight, weight)
         return F.conv2d(pictures, weight, self.bias, self.stride, self.padding)
 
 
@@ -377,23 +417,26 @@ class AttentionPool(nn.Module):
     """
 
     SHARPNESS = 3.0  # so that at first the attention is neither spread over all of the map nor nailed to one place
+    outputs = PLACES * (PLACE_WIDTH + 2)
 
-    def __init__(self, width):
+    def __init__(self, channels):
         super().__init__()
-        self.query = nn.Linear(width, PLACES)
-        self.value = nn.Linear(width, PLACE_WIDTH)
+        self.query = nn.Linear(channels, PLACES)
+        self.value = nn.Linear(channels, PLACE_WIDTH)
 
-    def forward(self, tokens, size):
-        """A map of size (h, w), float (B, h * w, C) -> what is there, float32 (B, PLACES, PLACE_WIDTH), and where.
+    def forward(self, maps):
+        """(B, C, h, w) -> float32 (B, outputs): what is at each place; then, in the last 2 * PLACES, its x and y.
 
-        The places are float32 (B, PLACES, 2), x and y in -1..1.
+        They lie between -1 and 1.
         """
+        tokens = maps.flatten(2).transpose(1, 2)  # (B, h * w, C)
         attention = (self.SHARPNESS * self.query(tokens).float()).softmax(1).transpose(1, 2)  # (B, PLACES, h * w)
         what = self.value(attention @ tokens).float()
-        with torch.autocast(tokens.device.type, enabled=False):  # places are finer than bfloat16 can tell
-            where = mean_place(attention.reshape(-1, *size)).view(-1, PLACES, 2)
-        height, width = size
-        return what, where / torch.tensor([(width - 1) / 2, (height - 1) / 2], device=tokens.device) - 1
+        height, width = maps.shape[2:]
+        with torch.autocast(maps.device.type, enabled=False):  # places are finer than bfloat16 can tell
+            where = mean_place(attention.reshape(-1, height, width))
+            where = where / torch.tensor([(width - 1) / 2, (height - 1) / 2], device=maps.device) - 1
+        return torch.cat([what.flatten(1), where.view(len(maps), -1)], 1)
 
 
 class CNN(Policy):
@@ -401,19 +444,19 @@ class CNN(Policy):
 
     class Options(Policy.Options):
         name: Literal["cnn"] = Field("cnn", description="which policy: a name in POLICIES")
-        pooling: Literal["flatten", "attention"] = Field(
-            "flatten", description="what becomes of the last map: all of it, or what is at some places that it finds")
 
     def __init__(self, options, spaces):
         super().__init__(options, spaces)
         planes = spaces.frame_stack * spaces.planes
         if options.pooling == "attention":
+            both = options.mirror and self.eye is None
+            conv = MirrorConv if both else nn.Conv2d
             self.convs = nn.Sequential(
-                orthogonal(ChangeConv(spaces.frame_stack, spaces.planes, 16, 3, stride=2, padding=1)), nn.ReLU(),
-                orthogonal(nn.Conv2d(16, 32, 3, stride=2, padding=1)), nn.ReLU(),
-                orthogonal(nn.Conv2d(32, 64, 3, padding=1)))
+                orthogonal(ChangeConv(spaces.frame_stack, spaces.planes, 16, 6, stride=2, padding=2, mirror=both)),
+                nn.ReLU(), orthogonal(conv(16, 32, 3, stride=2, padding=1)),
+                nn.ReLU(), orthogonal(conv(32, 64, 3, padding=1)))
             self.pool = AttentionPool(64)
-            flat = PLACES * (PLACE_WIDTH + 2)
+            flat = self.pool.outputs
         else:
             self.convs = nn.Sequential(
                 orthogonal(nn.Conv2d(planes, 32, 4, stride=2)), nn.ReLU(),
@@ -423,19 +466,29 @@ class CNN(Policy):
         self.what = nn.Sequential(orthogonal(nn.Linear(flat, options.features)), nn.ReLU())
         self.make_heads(options.features + 2 * spaces.frame_stack)
 
-    def features(self, frame_store, frame_ids, mirrored):
-        turned = mirrored.repeat_interleave(self.spaces.frame_stack) if self.options.mirror else None
+    def maps(self, frame_store, frame_ids, mirrored=None):
+        """What the convolutions make of the stacked pictures, in the mirror where `mirrored`: float (B, ...)."""
+        turned = None if mirrored is None else mirrored.repeat_interleave(self.spaces.frame_stack)
         pictures = take(frame_store["pictures"], frame_ids.flatten(), turned)  # (B * S, planes, h, w)
         pictures = pictures.view(len(frame_ids), -1, *self.picture_size)  # (B, S * planes, h, w)
         if self.options.pooling == "attention":
-            maps = self.convs(channels_last(pictures, autocast_dtype(pictures.device)))
-            spots = self.pool(maps.flatten(2).transpose(1, 2), maps.shape[2:])
-            seen = torch.cat([part.flatten(1) for part in spots], 1)
-        else:
-            seen = self.convs(channels_last(pictures).div_(255).sub_(0.25))
+            return self.convs(channels_last(pictures, autocast_dtype(pictures.device)))
+        return self.convs(channels_last(pictures).div_(255).sub_(0.25))
+
+    def features(self, frame_store, frame_ids, mirrored):
+        seen = self.maps(frame_store, frame_ids, mirrored if self.options.mirror else None)
+        what = self.what(self.pool(seen) if self.options.pooling == "attention" else seen).float()
         places = self.places(frame_store, frame_ids, mirrored)
         where = torch.cat([places[:, -1, :2], places[:, 1:, 2:].flatten(1)], 1)  # (B, 2 S): newest place, all changes
-        return torch.cat([self.what(seen).float(), where], 1)
+        return torch.cat([what, where], 1)
+
+    def both_views(self, frame_store, frame_ids):
+        """With model.pooling=attention the convolutions see one view, from which that of the other follows."""
+        if self.options.pooling == "flatten":
+            return super().both_views(frame_store, frame_ids)
+        maps = self.maps(frame_store, frame_ids)
+        what = self.what(self.pool(torch.cat([maps, mirror_image(maps)]))).float()
+        return F.pad(what, (0, 2 * self.spaces.frame_stack))  # no places of glimpses
 
 
 def transformer(width, heads, layers, residual_gain=0.1):
@@ -458,9 +511,10 @@ def transformer(width, heads, layers, residual_gain=0.1):
 class Temporal(Policy):
     """An encoder for each frame's picture, a Transformer encoder over the frames, heads that read the newest step.
 
-    Subclasses make `self.encoder`: float (B, 3, h, w), pixels in 0..1 -> (B, width). It sees every picture once: while
-    collecting, embeddings are remembered beside the frames; in the update, frames shared by the stacks of a minibatch
-    are encoded once for all of them.
+    Subclasses make `self.encoder`: float (B, 3, h, w), pixels in 0..1 -> (B, width), or with model.pooling=attention
+    (B, width + 2 * PLACES), of which the last are the places. It sees every picture once: while collecting, embeddings
+    are remembered beside the frames; in the update, frames shared by the stacks of a minibatch are encoded once for
+    all of them.
     """
 
     class Options(Policy.Options):
@@ -478,14 +532,17 @@ class Temporal(Policy):
 
     def __init__(self, options, spaces):
         super().__init__(options, spaces)
-        self.place = nn.Linear(4, options.width)
+        self.attends = options.pooling == "attention"
+        self.num_places = PLACES if self.attends else 0
+        self.place = nn.Linear(4 * (1 + self.num_places), options.width)
         self.time = nn.Parameter(0.02 * torch.randn(spaces.frame_stack, options.width))  # learned time positions
         self.over_time = transformer(options.width, options.heads, options.layers)
         self.make_heads(options.width)
 
     def preprocess(self, frames):
         """As Policy.preprocess, and empty places for embeddings: one as seen, one as seen in the mirror."""
-        blank = torch.zeros(len(frames), 2, self.options.width, device=frames.device)
+        size = self.options.width + 2 * self.num_places
+        blank = torch.zeros(len(frames), 2, size, device=frames.device)
         return super().preprocess(frames) | {"embeddings": blank, "embedded": blank[..., 0] > 0}
 
     def pictures(self, frame_store, views):
@@ -494,7 +551,7 @@ class Temporal(Policy):
         return channels_last(pictures.expand(-1, 3, -1, -1)).div_(255)  # gray becomes three equal planes
 
     def embed(self, frame_store, views):
-        """views int64 (B, S) -> embeddings (B, S, width)."""
+        """views int64 (B, S) -> what the encoder says of each (B, S, ...)."""
         if self.training:
             unique, where = views.unique(return_inverse=True)
             return self.encoder(self.pictures(frame_store, unique))[where]
@@ -507,9 +564,25 @@ class Temporal(Policy):
         return embeddings[views]
 
     def features(self, frame_store, frame_ids, mirrored):
-        steps = self.embed(frame_store, 2 * frame_ids + mirrored[:, None])
-        steps = steps + self.place(self.places(frame_store, frame_ids, mirrored)) + self.time  # (B, S, width)
+        embeddings = self.embed(frame_store, 2 * frame_ids + mirrored[:, None])
+        steps, where = embeddings.split([self.options.width, 2 * self.num_places], dim=-1)
+        places = self.places(frame_store, frame_ids, mirrored)
+        if self.attends:  # attention may jump from one thing to another
+            changes = (30 * F.pad(where.diff(dim=1), (0, 0, 1, 0))).clamp(-2, 2)
+            places = torch.cat([places, 2 * where, changes], -1)
+        steps = steps + self.place(places) + self.time[-frame_ids.shape[1] :]  # (B, S, width)
         return self.over_time(steps)[:, -1]
+
+    def make_projection(self, tokens, channels):
+        """From the encoder's last map, of so many places and channels, to a step's embedding."""
+        if self.attends:
+            self.pool = AttentionPool(channels)
+        self.project = nn.Linear(self.pool.outputs if self.attends else tokens * channels, self.options.width)
+
+    def attend(self, maps):
+        """The encoder's last step with model.pooling=attention: (V, C, h, w) -> (V, width + 2 * PLACES)."""
+        seen = self.pool(maps)
+        return torch.cat([self.project(seen).float(), seen[:, -2 * PLACES :]], 1)
 
 
 class TemporalResNet(Temporal):
@@ -565,7 +638,7 @@ class TemporalResNet(Temporal):
         self.eval()
         with torch.no_grad():
             maps = self.run(parts, self.prepare(torch.zeros(1, 3, *self.picture_size)))
-        self.project = nn.Linear(maps[0].numel(), options.width)
+        self.make_projection(maps[0, 0].numel(), maps.shape[1])
 
     def train(self, mode=True):
         super().train(mode)
@@ -583,7 +656,8 @@ class TemporalResNet(Temporal):
         return maps
 
     def encoder(self, maps):
-        return self.project(self.run(self.learning, maps).flatten(1))
+        maps = self.run(self.learning, maps)
+        return self.attend(maps) if self.attends else self.project(maps.flatten(1))
 
     def load_pretrained(self):
         options = self.options
@@ -685,19 +759,42 @@ class Transformer(Temporal):
         size = options.spatial_width
         channels, layers = 3, []
         for _ in range(options.patch.bit_length() - 2):  # halve until patches are 2 x 2
-            layers += [nn.Conv2d(channels, size // 2, 4, stride=2, padding=1), nn.GELU()]
+            conv = partial(ChangeConv, 2) if self.attends and not layers else nn.Conv2d
+            layers += [conv(channels, size // 2, 4, stride=2, padding=1), nn.GELU()]
             channels = size // 2
         self.stem = nn.Sequential(*layers, nn.Conv2d(channels, size, 2, stride=2))
         self.space = nn.Parameter(0.02 * torch.randn(tokens, size))  # learned places of the patches
         self.over_space = transformer(size, options.heads, options.spatial_layers)
-        self.project = nn.Linear(tokens * size, options.width)  # flattened, so that places stay apart
+        self.make_projection(tokens, size)  # flattened, so that places stay apart
 
     def encoder(self, pictures):
         height, width = self.picture_size
         patch = self.options.patch
-        pictures = F.pad(pictures - 0.25, (0, -width % patch, 0, -height % patch))
-        tokens = self.stem(pictures).flatten(2).transpose(1, 2) + self.space  # (V, tokens, spatial_width)
-        return self.project(self.over_space(tokens).flatten(1))
+        pictures = F.pad(pictures if self.attends else pictures - 0.25, (0, -width % patch, 0, -height % patch))
+        maps = self.stem(pictures)
+        tokens = maps.flatten(2).transpose(1, 2) + self.space  # (V, tokens, spatial_width)
+        tokens = self.over_space(tokens)
+        return self.attend(tokens.transpose(1, 2).view_as(maps)) if self.attends else self.project(tokens.flatten(1))
+
+    def preprocess(self, frames):
+        """With model.pooling=attention, and a note for each frame: in which row the frame before it is."""
+        frame_store = super().preprocess(frames)
+        before = torch.zeros(len(frames), dtype=torch.int64, device=frames.device)
+        return frame_store | {"before": before} if self.attends else frame_store
+
+    def pictures(self, frame_store, views):
+        """With model.pooling=attention, a picture and the one before it: float (V, 6, h, w), pixels 0 to 255."""
+        if not self.attends:
+            return super().pictures(frame_store, views)
+        rows = torch.stack([frame_store["before"][views // 2], views // 2], 1).flatten()
+        pictures = take(frame_store["pictures"], rows, (views % 2 == 1).repeat_interleave(2)).expand(-1, 3, -1, -1)
+        return channels_last(pictures.unflatten(0, (-1, 2)).flatten(1, 2), autocast_dtype(pictures.device))
+
+    def features(self, frame_store, frame_ids, mirrored):
+        if self.attends:  # of the oldest frame nobody knows what was before; it is seen in the changes to the next
+            frame_store["before"][frame_ids[:, 1:]] = frame_ids[:, :-1]
+            frame_ids = frame_ids[:, 1:]
+        return super().features(frame_store, frame_ids, mirrored)
 
 
 POLICIES = {"cnn": CNN, "temporal_resnet": TemporalResNet, "transformer": Transformer}

@@ -259,6 +259,10 @@ class Config(Strict):
             raise PydanticCustomError(
                 "conflict", f"model.eye={eye} finds what moves from one frame to the next, so it needs env.frame_stack "
                 f"of {frames} or more; model.eye=none sees the whole picture instead")
+        if getattr(self.model, "pooling", "flatten") == "attention" and self.env.frame_stack < 2:
+            raise PydanticCustomError(
+                "conflict", "model.pooling=attention sees what changes from one frame to the next, so it needs "
+                "env.frame_stack of 2 or more")
         if eye != "none" and glimpse > side:
             raise PydanticCustomError(
                 "conflict", f"model.glimpse={glimpse} must be between 16 and {side}, the shorter side of a frame "

@@ -7,22 +7,30 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.nn import functional as F
 
 from lander import Lander
 from machinery.config import ConfigError, check_config, load_config
 from models import (
+    PLACE_WIDTH,
+    PLACES,
     POLICIES,
+    AttentionPool,
     Categorical,
+    ChangeConv,
     DiagonalGaussian,
+    MirrorConv,
     Policy,
     Spaces,
     TemporalResNet,
     WeightsError,
     make_policy,
+    mirror_image,
     take,
 )
 from task import ACTIONS, MIRRORED_ACTIONS
 
+ATTENTION = {"eye": "none", "pooling": "attention"}
 SPACES = Spaces(4, 3, 100, 150, num_actions=len(ACTIONS), mirrored_actions=MIRRORED_ACTIONS)
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -79,23 +87,28 @@ def test_shapes_and_dtypes(name, frames):
     assert (rough - logits).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("pooling", ["flatten", "attention"])
 @pytest.mark.parametrize("name", POLICIES)
-def test_whole_gray_frames_without_the_eye(name, frames):
-    policy = make_policy(POLICIES[name].Options(eye="none", mirror=False), Spaces(2, 1, 50, 75, num_actions=4))
+def test_whole_gray_frames_without_the_eye(name, pooling, frames):
+    options = POLICIES[name].Options(eye="none", mirror=False, pooling=pooling)
+    policy = make_policy(options, Spaces(2, 1, 50, 75, num_actions=4))
     gray = frames[:5, :2, ::2, ::2]
     policy.calibrate(gray)
     output = policy.eval()(*policy.preprocess_stacks(gray))
     assert (output.distribution.logits.shape, output.value.shape) == ((5, 4), (5,))
 
 
+@pytest.mark.parametrize("pooling", ["flatten", "attention"])
 @pytest.mark.parametrize("name", POLICIES)
-def test_whole_frames_in_the_mirror_give_mirrored_actions(name, frames):
-    """Without an eye, too: the half in which more changes is then where the lander is."""
+def test_whole_frames_in_the_mirror_give_mirrored_actions(name, pooling, frames):
+    """Without an eye the policy is the mean of two views, whatever its weights are."""
     torch.manual_seed(0)
-    policy = make_policy(POLICIES[name].Options(eye="none", width=32) if name != "cnn" else POLICIES[name].Options(
-        eye="none"), Spaces(4, 3, 25, 38, num_actions=4, mirrored_actions=MIRRORED_ACTIONS)).eval()
+    small = {"width": 32} if name != "cnn" else {}
+    options = POLICIES[name].Options(eye="none", pooling=pooling, **small)
+    policy = make_policy(
+        options, Spaces(4, 3, 25, 38, num_actions=4, mirrored_actions=MIRRORED_ACTIONS)).eval()
     nn.init.normal_(policy.actor.weight)
-    small = frames[1:7, :, ::4, ::4].contiguous()  # nothing has moved in the very first
+    small = frames[:6, :, ::4, ::4].contiguous()
     with torch.no_grad():
         logits, value = answer(policy, *policy.preprocess_stacks(small))
         mirrored_logits, mirrored_value = answer(policy, *policy.preprocess_stacks(small.flip(3)))
@@ -105,9 +118,57 @@ def test_whole_frames_in_the_mirror_give_mirrored_actions(name, frames):
     assert (logits[:, 1] - logits[:, 3]).abs().max() > 1e-3
 
 
+def test_attention_pools_what_is_at_a_place_wherever_it_is():
+    """Moved by so many pixels, a pattern is found as many farther, and what is said of it stays the same."""
+    torch.manual_seed(0)
+    pool = AttentionPool(channels=5)
+    nn.init.normal_(pool.query.weight, std=10)  # sure of what it looks for
+    maps = torch.zeros(3, 5, 12, 16)
+    pattern = 5 * torch.randn(5, 2, 2)
+    maps[0, :, 3:5, 2:4] = maps[1, :, 3:5, 9:11] = maps[2, :, 8:10, 2:4] = pattern
+    what, where = pool(maps).split([PLACES * PLACE_WIDTH, 2 * PLACES], 1)
+    found = (where.view(3, PLACES, 2)[0] - torch.tensor([2.5 / 7.5 - 1, 3.5 / 5.5 - 1])).abs().amax(1) < 0.1
+    assert found.any()  # others look for something else, such as where nothing is
+    torch.testing.assert_close(what[1], what[0])
+    torch.testing.assert_close(what[2], what[0])
+    moved = where.view(3, PLACES, 2)[:, found]
+    torch.testing.assert_close(moved[1] - moved[0], torch.tensor([7 / 7.5, 0.0]).expand_as(moved[0]), atol=0.01, rtol=0)
+    torch.testing.assert_close(moved[2] - moved[0], torch.tensor([0.0, 5 / 5.5]).expand_as(moved[0]), atol=0.01, rtol=0)
+
+
+def test_a_convolution_of_changes_is_one_of_their_differences():
+    torch.manual_seed(0)
+    conv = ChangeConv(3, 2, 4, 5, padding=2)
+    pictures = torch.randint(0, 256, (2, 6, 9, 11)).float()
+    first, second, newest = pictures.chunk(3, dim=1)
+    seen = torch.cat([newest, 2 * (second - first), 2 * (newest - second)], 1) / 255
+    torch.testing.assert_close(conv(pictures), F.conv2d(seen, conv.weight, conv.bias, padding=2))
+    still = torch.cat([newest] * 3, 1)
+    other = torch.cat([newest + 7] * 3, 1)
+    assert not torch.allclose(conv(still), conv(other))  # the newest frame is seen, too
+
+
+@pytest.mark.parametrize("width", [14, 15])
+def test_maps_of_a_mirrored_picture_are_the_mirrored_maps_of_the_picture(width):
+    torch.manual_seed(0)
+    sizes = {14: {"kernel_size": 4, "padding": 1}, 15: {"kernel_size": 5, "padding": 2}}[width]
+    first = ChangeConv(2, 3, 8, stride=2, mirror=True, **sizes)
+    convs = nn.Sequential(first, nn.ReLU(), MirrorConv(8, 6, 3, padding=1), nn.ReLU(), MirrorConv(6, 4, 3))
+    nn.init.normal_(convs[2].bias, std=0.1)
+    pictures = torch.randint(0, 256, (2, 6, 10, width)).float()
+    maps = convs(pictures)
+    torch.testing.assert_close(convs(pictures.flip(3)), mirror_image(maps))
+    assert not torch.allclose(maps, mirror_image(maps))
+
+
+def test_attention_over_changes_needs_two_frames(frames):
+    with pytest.raises(ConfigError, match=r"model\.pooling=attention .* env\.frame_stack"):
+        load_config(None, ["model.eye=none", "model.pooling=attention", "env.frame_stack=1"])
+
+
 def test_auxiliary_losses_get_the_features_of_the_minibatch_alone(frames):
     """Without an eye, features are those of two views; a loss is asked about the decisions once."""
-    policy = make_policy(POLICIES["cnn"].Options(eye="none"), SPACES)
+    policy = make_policy(POLICIES["cnn"].Options(eye="none", pooling="attention"), SPACES)
     frame_store, frame_ids = policy.preprocess_stacks(frames[:2])
     policy.losses = lambda features, minibatch: {"count": torch.tensor(len(features))}
     output = policy(frame_store, frame_ids, SimpleNamespace(frame_store=frame_store, frame_ids=frame_ids))
@@ -174,10 +235,11 @@ def test_mirrored_glimpses_give_mirrored_actions(name, frames):
     assert (logits[:, 1] != logits[:, 3]).all()
 
 
+@pytest.mark.parametrize("options", [{}, ATTENTION], ids=["eye", "attention"])
 @pytest.mark.parametrize("name", POLICIES)
-def test_frames_shared_by_stacks_give_what_separate_stacks_give(name, frames):
+def test_frames_shared_by_stacks_give_what_separate_stacks_give(name, options, frames):
     """Stacks that point into common rows, in either mode, and each stack by itself: the same function."""
-    policy = calibrated(name, frames)
+    policy = calibrated(name, frames, **options)
     nn.init.normal_(policy.actor.weight)
     singles = frames[:, -3:]
     frame_ids = torch.arange(4) + torch.arange(len(singles) - 3)[:, None]  # (21, 4): neighbours share three frames
