@@ -33,8 +33,9 @@ from rendering import wrapped_lander, wrapper_stack
 from torch import nn
 from torch.distributions import Categorical
 
+from layers import channels_last, orthogonal, take
 from machinery.config import load_config
-from models import POLICIES, Policy, PolicyOutput, channels_last, orthogonal, take
+from models import POLICIES, Policy, PolicyOutput
 from models import Categorical as Distribution
 from train import Trainer
 

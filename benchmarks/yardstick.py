@@ -28,10 +28,11 @@ from envs import EnvGroup
 from evaluate import print_report, summarize
 from frames import FrameStack, RenderedEnv
 from lander import RenderedLander
+from layers import orthogonal
 from machinery.checkpoint import save_config
 from machinery.config import ConfigError, load_config
 from machinery.tracking import Metrics, machine_tags
-from models import LOG_STD, Categorical, DiagonalGaussian, PolicyOutput, orthogonal
+from models import LOG_STD, Categorical, DiagonalGaussian, PolicyOutput
 from task import ENV_ID, EVALUATION_SEED
 from train import Rollout, collect, compute_advantages, episode_means, schedule, update
 

@@ -148,7 +148,7 @@ def save_model(folder, file, model_id=None, run_id=None):
     packages += ["torchvision"] if config.model.name == "temporal_resnet" else []
     mlflow.pyfunc.save_model(
         folder, python_model=ROOT / "machinery" / "policy_model.py",
-        code_paths=[str(ROOT / "models.py"), str(ROOT / "eyes.py")],
+        code_paths=[str(ROOT / name) for name in ("models.py", "layers.py", "eyes.py")],
         artifacts={"policy": str(file)}, signature=signature, input_example=np.zeros((1, *stack), np.uint8),
         pip_requirements=[f"{package}=={version(package).partition('+')[0]}" for package in packages],
         model_config={

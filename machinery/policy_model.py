@@ -1,6 +1,6 @@
 """A policy as a model that MLflow loads anywhere: frames in, actions out.
 
-This script and models.py travel inside the model, so it needs nothing else of this program.
+This script and the code of policies travel inside the model, so it needs nothing else of this program.
 
     model = mlflow.pyfunc.load_model("models:/lunar-lander@champion")
     model.predict(frames)                               # uint8 (B, K, H, W) -> greedy actions, int64 (B,)

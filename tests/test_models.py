@@ -10,23 +10,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from lander import Lander
+from layers import PLACE_WIDTH, PLACES, AttentionPool, ChangeConv, MirrorConv, mirror_image, take
 from machinery.config import ConfigError, check_config, load_config
 from models import (
-    PLACE_WIDTH,
-    PLACES,
     POLICIES,
-    AttentionPool,
     Categorical,
-    ChangeConv,
     DiagonalGaussian,
-    MirrorConv,
     Policy,
     Spaces,
     TemporalResNet,
     WeightsError,
     make_policy,
-    mirror_image,
-    take,
 )
 from task import ACTIONS, MIRRORED_ACTIONS
 
