@@ -92,6 +92,18 @@ class ChangeConv(nn.Conv2d):
         return F.conv2d(pictures, weight, self.bias, self.stride, self.padding)
 
 
+def convolve_changes(frame_stack, planes, mirror=False):
+    """Three convolutions over S stacked frames: pixels 0 to 255, (B, S * planes, h, w) -> (B, 64, h / 4, w / 4).
+
+    With `mirror` they know the mirror image, as MirrorConvs do.
+    """
+    conv = MirrorConv if mirror else nn.Conv2d
+    return nn.Sequential(
+        orthogonal(ChangeConv(frame_stack, planes, 16, 6, stride=2, padding=2, mirror=mirror)), nn.ReLU(),
+        orthogonal(conv(16, 32, 3, stride=2, padding=1)), nn.ReLU(),
+        orthogonal(conv(32, 64, 3, padding=1)))
+
+
 class AttentionPool(nn.Module):
     """Looks at some places of a map at once, and says what is there and where: attention with learned queries.
 

@@ -18,7 +18,6 @@ To add a policy, subclass Policy, or Temporal, and name it in POLICIES at the en
 import math
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -30,12 +29,12 @@ from torch.nn import functional as F
 
 from eyes import EYES, PolicyError
 from layers import (
+    PLACE_WIDTH,
     PLACES,
     AttentionPool,
-    ChangeConv,
-    MirrorConv,
     autocast_dtype,
     channels_last,
+    convolve_changes,
     mirror_image,
     orthogonal,
     take,
@@ -223,6 +222,7 @@ class Policy(nn.Module):
         super().__init__()
         self.options, self.spaces = options, spaces
         has_eye = options.eye != "none"
+        self.takes_both_views = options.mirror and not has_eye  # nothing tells on which side things are
         self.eye = EYES[options.eye](spaces.planes, options.glimpse, options.subpixel) if has_eye else None
         self.picture_size = (options.glimpse, options.glimpse) if has_eye else (spaces.height, spaces.width)
 
@@ -278,7 +278,7 @@ class Policy(nn.Module):
 
         While learning, `minibatch` is the train.Rollout of these decisions, (B, ...).
         """
-        if self.options.mirror and self.eye is None:  # nothing tells on which side things are
+        if self.takes_both_views:
             features = self.both_views(frame_store, frame_ids)
             output = self.decide(features, torch.arange(len(features), device=frame_ids.device) >= len(frame_ids))
         else:
@@ -330,7 +330,7 @@ class Policy(nn.Module):
                 other = list(self.spaces.mirrored_actions)
                 other = actor * torch.tensor(other, device=actor.device) if self.spaces.continuous else actor[:, other]
                 actor = torch.where(mirrored[:, None], other, actor)
-            if self.options.mirror and self.eye is None:
+            if self.takes_both_views:
                 actor, value = actor.unflatten(0, (2, -1)).mean(0), value.unflatten(0, (2, -1)).mean(0)
             if self.spaces.continuous:
                 return PolicyOutput(DiagonalGaussian(actor, self.log_std), value)
@@ -347,12 +347,7 @@ class CNN(Policy):
         super().__init__(options, spaces)
         planes = spaces.frame_stack * spaces.planes
         if options.pooling == "attention":
-            both = options.mirror and self.eye is None
-            conv = MirrorConv if both else nn.Conv2d
-            self.convs = nn.Sequential(
-                orthogonal(ChangeConv(spaces.frame_stack, spaces.planes, 16, 6, stride=2, padding=2, mirror=both)),
-                nn.ReLU(), orthogonal(conv(16, 32, 3, stride=2, padding=1)),
-                nn.ReLU(), orthogonal(conv(32, 64, 3, padding=1)))
+            self.convs = convolve_changes(spaces.frame_stack, spaces.planes, mirror=self.takes_both_views)
             self.pool = AttentionPool(64)
             flat = self.pool.outputs
         else:
@@ -431,16 +426,20 @@ class Temporal(Policy):
         pictures = take(frame_store["pictures"], views // 2, views % 2 == 1)
         return channels_last(pictures.expand(-1, 3, -1, -1)).div_(255)  # gray becomes three equal planes
 
+    def encode(self, frame_store, views):
+        """views int64 (V,), each but once -> what the encoder says of each, (V, ...)."""
+        return self.encoder(self.pictures(frame_store, views))
+
     def embed(self, frame_store, views):
         """views int64 (B, S) -> what the encoder says of each (B, S, ...)."""
         if self.training:
             unique, where = views.unique(return_inverse=True)
-            return self.encoder(self.pictures(frame_store, unique))[where]
+            return self.encode(frame_store, unique)[where]
         embeddings = frame_store["embeddings"].flatten(0, 1)  # a view, like the next: what is written stays
         embedded = frame_store["embedded"].flatten()
         new = views[~embedded[views]].unique()
         if len(new):
-            embeddings[new] = self.encoder(self.pictures(frame_store, new)).float()
+            embeddings[new] = self.encode(frame_store, new).float()
             embedded[new] = True
         return embeddings[views]
 
@@ -454,14 +453,8 @@ class Temporal(Policy):
         steps = steps + self.place(places) + self.time[-frame_ids.shape[1] :]  # (B, S, width)
         return self.over_time(steps)[:, -1]
 
-    def make_projection(self, tokens, channels):
-        """From the encoder's last map, of so many places and channels, to a step's embedding."""
-        if self.attends:
-            self.pool = AttentionPool(channels)
-        self.project = nn.Linear(self.pool.outputs if self.attends else tokens * channels, self.options.width)
-
     def attend(self, maps):
-        """The encoder's last step with model.pooling=attention: (V, C, h, w) -> (V, width + 2 * PLACES)."""
+        """With model.pooling=attention the encoder's last step: (V, C, h, w) -> (V, width + 2 * PLACES)."""
         seen = self.pool(maps)
         return torch.cat([self.project(seen).float(), seen[:, -2 * PLACES :]], 1)
 
@@ -519,7 +512,9 @@ class TemporalResNet(Temporal):
         self.eval()
         with torch.no_grad():
             maps = self.run(parts, self.prepare(torch.zeros(1, 3, *self.picture_size)))
-        self.make_projection(maps[0, 0].numel(), maps.shape[1])
+        if self.attends:
+            self.pool = AttentionPool(maps.shape[1])
+        self.project = nn.Linear(self.pool.outputs if self.attends else maps[0].numel(), options.width)
 
     def train(self, mode=True):
         super().train(mode)
@@ -617,7 +612,9 @@ class TemporalResNet(Temporal):
 class Transformer(Temporal):
     """Attention over space, among the patches of each picture, then over time, among the frames: factored attention.
 
-    (Arnab et al. 2021, "ViViT", arXiv:2103.15691, model 2.) A light convolutional stem makes the patches.
+    (Arnab et al. 2021, "ViViT", arXiv:2103.15691, model 2.) A light convolutional stem makes the patches. With
+    model.pooling=attention a few places that attention finds stand for the patches (Ryoo et al. 2021, "TokenLearner",
+    arXiv:2106.11297), in a picture and its changes since the one before.
     """
 
     class Options(Temporal.Options):
@@ -636,40 +633,55 @@ class Transformer(Temporal):
 
     def __init__(self, options, spaces):
         super().__init__(options, spaces)
-        tokens = (-(-self.picture_size[0] // options.patch)) * (-(-self.picture_size[1] // options.patch))
         size = options.spatial_width
-        channels, layers = 3, []
-        for _ in range(options.patch.bit_length() - 2):  # halve until patches are 2 x 2
-            conv = partial(ChangeConv, 2) if self.attends and not layers else nn.Conv2d
-            layers += [conv(channels, size // 2, 4, stride=2, padding=1), nn.GELU()]
-            channels = size // 2
-        self.stem = nn.Sequential(*layers, nn.Conv2d(channels, size, 2, stride=2))
+        if self.attends:
+            tokens = PLACES
+            self.stem = convolve_changes(2, 3, mirror=self.takes_both_views)
+            self.pool = AttentionPool(64)
+            self.token = nn.Linear(PLACE_WIDTH + 2, size)
+        else:
+            tokens = (-(-self.picture_size[0] // options.patch)) * (-(-self.picture_size[1] // options.patch))
+            channels, layers = 3, []
+            for _ in range(options.patch.bit_length() - 2):  # halve until patches are 2 x 2
+                layers += [nn.Conv2d(channels, size // 2, 4, stride=2, padding=1), nn.GELU()]
+                channels = size // 2
+            self.stem = nn.Sequential(*layers, nn.Conv2d(channels, size, 2, stride=2))
         self.space = nn.Parameter(0.02 * torch.randn(tokens, size))  # learned places of the patches
         self.over_space = transformer(size, options.heads, options.spatial_layers)
-        self.make_projection(tokens, size)  # flattened, so that places stay apart
+        self.project = nn.Linear(tokens * size, options.width)  # flattened, so that places stay apart
 
     def encoder(self, pictures):
         height, width = self.picture_size
         patch = self.options.patch
-        pictures = F.pad(pictures if self.attends else pictures - 0.25, (0, -width % patch, 0, -height % patch))
-        maps = self.stem(pictures)
-        tokens = maps.flatten(2).transpose(1, 2) + self.space  # (V, tokens, spatial_width)
-        tokens = self.over_space(tokens)
-        return self.attend(tokens.transpose(1, 2).view_as(maps)) if self.attends else self.project(tokens.flatten(1))
+        pictures = F.pad(pictures - 0.25, (0, -width % patch, 0, -height % patch))
+        tokens = self.stem(pictures).flatten(2).transpose(1, 2) + self.space  # (V, tokens, spatial_width)
+        return self.project(self.over_space(tokens).flatten(1))
+
+    def attend(self, maps):
+        what, where = self.pool(maps).split([PLACES * PLACE_WIDTH, 2 * PLACES], 1)
+        tokens = self.token(torch.cat([what.unflatten(1, (PLACES, -1)), where.unflatten(1, (PLACES, -1))], 2))
+        return torch.cat([self.project(self.over_space(tokens + self.space).flatten(1)).float(), where], 1)
+
+    def encode(self, frame_store, views):
+        if not self.attends:
+            return super().encode(frame_store, views)
+        if not self.takes_both_views:
+            return self.attend(self.stem(self.changes(frame_store, views)))
+        rows, which = (views // 2).unique(return_inverse=True)  # the maps of the other view follow from those of one
+        maps = self.stem(self.changes(frame_store, 2 * rows))
+        return self.attend(torch.cat([maps, mirror_image(maps)]))[which + len(rows) * (views % 2)]
+
+    def changes(self, frame_store, views):
+        """Each picture after the one before it, as pixels 0 to 255: views int64 (V,) -> float (V, 6, h, w)."""
+        rows = torch.stack([frame_store["before"][views // 2], views // 2], 1).flatten()
+        pictures = take(frame_store["pictures"], rows, (views % 2 == 1).repeat_interleave(2)).expand(-1, 3, -1, -1)
+        return channels_last(pictures.unflatten(0, (-1, 2)).flatten(1, 2), autocast_dtype(pictures.device))
 
     def preprocess(self, frames):
         """With model.pooling=attention, and a note for each frame: in which row the frame before it is."""
         frame_store = super().preprocess(frames)
         before = torch.zeros(len(frames), dtype=torch.int64, device=frames.device)
         return frame_store | {"before": before} if self.attends else frame_store
-
-    def pictures(self, frame_store, views):
-        """With model.pooling=attention, a picture and the one before it: float (V, 6, h, w), pixels 0 to 255."""
-        if not self.attends:
-            return super().pictures(frame_store, views)
-        rows = torch.stack([frame_store["before"][views // 2], views // 2], 1).flatten()
-        pictures = take(frame_store["pictures"], rows, (views % 2 == 1).repeat_interleave(2)).expand(-1, 3, -1, -1)
-        return channels_last(pictures.unflatten(0, (-1, 2)).flatten(1, 2), autocast_dtype(pictures.device))
 
     def features(self, frame_store, frame_ids, mirrored):
         if self.attends:  # of the oldest frame nobody knows what was before; it is seen in the changes to the next
