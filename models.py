@@ -307,6 +307,9 @@ class Policy(nn.Module):
         mirrored = torch.arange(2 * len(frame_ids), device=frame_ids.device) >= len(frame_ids)
         return self.features(frame_store, frame_ids.repeat(2, 1), mirrored)
 
+    def attended(self, frame_store, frame_ids):
+        """Where model.pooling=attention looks in the newest picture: float (B, PLACES, 2), x and y in -1..1; or None."""
+
     def places(self, frame_store, frame_ids, mirrored):
         """Where the glimpses were and how they moved, float32 (B, S, 4): x, y, and their change since the last frame.
 
@@ -374,6 +377,11 @@ class CNN(Policy):
         places = self.places(frame_store, frame_ids, mirrored)
         where = torch.cat([places[:, -1, :2], places[:, 1:, 2:].flatten(1)], 1)  # (B, 2 S): newest place, all changes
         return torch.cat([what, where], 1)
+
+    def attended(self, frame_store, frame_ids):
+        if self.options.pooling == "flatten":
+            return None
+        return self.pool(self.maps(frame_store, frame_ids))[:, -2 * PLACES :].unflatten(1, (PLACES, 2))
 
     def both_views(self, frame_store, frame_ids):
         """With model.pooling=attention the convolutions see one view, from which that of the other follows."""
@@ -452,6 +460,11 @@ class Temporal(Policy):
             places = torch.cat([places, 2 * where, changes], -1)
         steps = steps + self.place(places) + self.time[-frame_ids.shape[1] :]  # (B, S, width)
         return self.over_time(steps)[:, -1]
+
+    def attended(self, frame_store, frame_ids):
+        if not self.attends:
+            return None
+        return self.embed(frame_store, 2 * frame_ids)[:, -1, -2 * PLACES :].unflatten(1, (PLACES, 2))
 
     def attend(self, maps):
         """With model.pooling=attention the encoder's last step: (V, C, h, w) -> (V, width + 2 * PLACES)."""

@@ -27,6 +27,7 @@ FRAME_TOP, STACK_TOP = 36, 468  # of the rendered frame, and of what the policy 
 CELL = 168  # largest picture of what the policy sees
 ATTENTION_HEIGHT = 48
 DPI = 100
+PLACE_RADIUS = 4  # of the rings around places that attention looks at
 SHOWN = 8  # newest frames of a longer stack
 MOST_ACTIONS = 6  # that there is room for
 BACKGROUND, GRID, FAINT, TEXT = "#1b1e24", "#3a3f48", "#a3a9b3", "#f2f3f5"
@@ -42,6 +43,7 @@ class Insight:
     corners: np.ndarray | None  # float32 (S, 2): column and row of each cut-out in its frame
     saliency: np.ndarray  # float32 (h, w): |d output / d pixel| of the newest picture, over colours
     attention: np.ndarray | None  # float32 (heads, S): in the last layer over time, of the newest step to each frame
+    places: np.ndarray | None  # float32 (PLACES, 2): x and y in -1..1 where model.pooling=attention looks in the newest
 
 
 def look_inside(policy, frames, action):
@@ -63,7 +65,13 @@ def look_inside(policy, frames, action):
     newest = sum(gradient[-1].abs() for gradient in gradients)
     if newest.ndim == 4:  # maps of the picture and of its mirror image, one of which was used
         newest = newest[0] + newest[1].flip(2)
-    return Insight(pictures.cpu().numpy(), corners, newest.amax(0).cpu().numpy(), attention[-1] if attention else None)
+    weights = attention[-1] if attention else None
+    if attention:  # which may leave out the oldest frame
+        weights = np.pad(weights, ((0, 0), (policy.spaces.frame_stack - weights.shape[1], 0)))
+    with torch.no_grad():
+        places = policy.attended(frame_store, frame_ids)
+    places = None if places is None else places[0].cpu().numpy()
+    return Insight(pictures.cpu().numpy(), corners, newest.amax(0).cpu().numpy(), weights, places)
 
 
 @contextmanager
@@ -260,6 +268,10 @@ class Panel:
                 corner, side = np.rint(insight.corners[i] * scale).astype(int), int(self.policy.eye.size * scale)
                 cv2.rectangle(place, (*corner.tolist(), side, side), BOX)
                 self._paste(insight.pictures[i], x, self.picture_top, self.picture_size)
+        if insight.places is not None:  # in the newest cut-out, or in the whole frame
+            newest = self.drawn[self.picture_top :, x:][: self.picture_size[1], : self.picture_size[0]]
+            for column, row in np.rint((insight.places + 1) / 2 * (np.array(self.picture_size) - 1)).astype(int):
+                cv2.circle(newest, (int(column), int(row)), PLACE_RADIUS, BOX)
         gray = insight.pictures[-1].mean(2, keepdims=True)
         strength = insight.saliency / max(insight.saliency.max(), 1e-12)
         if strength.shape != gray.shape[:2]:  # maps of a frozen ResNet are coarser

@@ -11,10 +11,11 @@ from test_evaluate import run_main
 
 import evaluate
 from lander import Lander
+from layers import PLACES
 from machinery import panel
 from machinery.checkpoint import build_policy, load_policy
 from machinery.config import load_config
-from machinery.panel import FRAME_TOP, MARGIN, STACK_TOP, Panel, look_inside
+from machinery.panel import BOX, FRAME_TOP, MARGIN, STACK_TOP, Panel, look_inside
 from machinery.video import VideoRecorder
 
 POLICIES = {
@@ -24,6 +25,8 @@ POLICIES = {
     "temporal_resnet": ["model.name=temporal_resnet"],
     "frozen stem": ["model.name=temporal_resnet", "model.frozen=stem"],
     "transformer": ["model.name=transformer", "model.heads=8"],
+    "attention": ["model.eye=none", "model.pooling=attention"],
+    "transformer with attention": ["model.name=transformer", "model.eye=none", "model.pooling=attention"],
 }
 
 
@@ -112,6 +115,11 @@ def test_the_panel_draws_what_the_policy_put_out(overrides):
     shown = picture[STACK_TOP : STACK_TOP + height, drawing.columns[-2] :][:, :width]
     assert (shown[0, 0] == newest[0, 0]).all()
     assert (shown[-1, -1] == newest[-1, -1]).all()
+    if config.model.pooling == "attention":
+        assert insight.places.shape == (PLACES, 2)
+        column, row = np.rint((insight.places[0] + 1) / 2 * (np.array([width, height]) - 1)).astype(int)
+        around = shown[max(row - 5, 0) : row + 6, max(column - 5, 0) : column + 6]
+        assert (around == BOX).all(2).sum() > 5  # a ring
     if policy.eye:
         x, y = insight.corners[-1]
         cutout = cv2.getRectSubPix(newest.astype(np.float32), (32, 32), (x + 15.5, y + 15.5))
