@@ -308,7 +308,7 @@ class Policy(nn.Module):
         return self.features(frame_store, frame_ids.repeat(2, 1), mirrored)
 
     def attended(self, frame_store, frame_ids):
-        """Where model.pooling=attention looks in the newest picture: float (B, PLACES, 2), x and y in -1..1; or None."""
+        """Where model.pooling=attention looks in the newest picture, x and y in -1..1: (B, PLACES, 2); or None."""
 
     def places(self, frame_store, frame_ids, mirrored):
         """Where the glimpses were and how they moved, float32 (B, S, 4): x, y, and their change since the last frame.
