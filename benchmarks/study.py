@@ -62,8 +62,8 @@ each.
 Once the eye has found the spot, the architecture matters little. The Transformer passes {SOLVED} after 0.41 million
 frames, as soon as the CNN. Two other priors count for more: where to look, and that left mirrors right. A network
 without them must discover both from reward alone. Without eye and mirror, convolutions on the whole frame do not get
-to {SOLVED} at all. The prior of convolutions still saves time. The CNN needs the least arithmetic per decision, and
-was there in half the minutes.
+to {SOLVED} at all, as long as their last map is flattened; with [attention](../../docs/eyes.md) they do. The prior of
+convolutions still saves time. The CNN needs the least arithmetic per decision, and was there in half the minutes.
 
 ## Clip fraction with and without the late stage
 
