@@ -225,8 +225,8 @@ def table():
     for row in found:
         rows.append(
             f"| [{row['name']}](results/{row['name']}) | {row['priors']} | {row['hit'].replace(' frames', '')} | "
-            f"{row['frames'] / 1e6:.1f} M, {row['minutes']:.0f} min | **{row['greedy']}** | {row['sampled']} | "
-            f"{row['landed'].partition(' ')[0] or '-'} |")
+            f"{row['frames'] / 1e6:.1f} M, {row['minutes']:.0f} min | **{row['greedy']}** | "
+            f"{row['sampled'].partition(' ')[0]} | {row['landed'].partition(' ')[0] or '-'} |")
     return "\n".join(rows)
 
 
