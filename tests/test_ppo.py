@@ -307,14 +307,14 @@ def test_probe_policy_from_observation():
 
 
 def small_policy(name):
-    """A shipped policy for stacks of two gray frames of 32x32 pixels and two actions."""
+    """A shipped policy for stacks of two gray frames of 16x16 pixels and two actions."""
     torch.manual_seed(0)
     small = {"width": 32, "heads": 2, "layers": 1} if issubclass(POLICIES[name], Temporal) else {}
     options = POLICIES[name].Options(eye="none", mirror=False, features=32, **small)
-    return make_policy(options, Spaces(frame_stack=2, planes=1, height=32, width=32, num_actions=2))
+    return make_policy(options, Spaces(frame_stack=2, planes=1, height=16, width=16, num_actions=2))
 
 
-PIXELS = {"stack": 2, "shape": (2, 32, 32), "learning_rate": 2e-3, "updates": 25}
+PIXELS = {"stack": 2, "shape": (2, 16, 16), "learning_rate": 2e-3, "updates": 25}
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -386,7 +386,7 @@ def changes(name, rollout, device, bf16):
 @pytest.mark.parametrize("name", POLICIES)
 def test_an_update_is_the_same_in_every_precision_and_on_every_device(name):
     policy, envs = small_policy(name), ProbeEnvs(
-        lambda step, seen, action: (float(action) * seen, True), True, shape=(2, 32, 32))
+        lambda step, seen, action: (float(action) * seen, True), True, shape=PIXELS["shape"])
     frames = torch.from_numpy(envs.frames())
     rollout = rollout_for(envs, policy, frames, stack=2)
     collect(envs, policy, rollout, frames, 1.0, FP32)
