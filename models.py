@@ -222,6 +222,7 @@ class Policy(nn.Module):
         super().__init__()
         self.options, self.spaces = options, spaces
         has_eye = options.eye != "none"
+        self.attends = options.pooling == "attention"
         self.takes_both_views = options.mirror and not has_eye  # nothing tells on which side things are
         self.eye = EYES[options.eye](spaces.planes, options.glimpse, options.subpixel) if has_eye else None
         self.picture_size = (options.glimpse, options.glimpse) if has_eye else (spaces.height, spaces.width)
@@ -349,7 +350,7 @@ class CNN(Policy):
     def __init__(self, options, spaces):
         super().__init__(options, spaces)
         planes = spaces.frame_stack * spaces.planes
-        if options.pooling == "attention":
+        if self.attends:
             self.convs = convolve_changes(spaces.frame_stack, spaces.planes, mirror=self.takes_both_views)
             self.pool = AttentionPool(64)
             flat = self.pool.outputs
@@ -367,25 +368,25 @@ class CNN(Policy):
         turned = None if mirrored is None else mirrored.repeat_interleave(self.spaces.frame_stack)
         pictures = take(frame_store["pictures"], frame_ids.flatten(), turned)  # (B * S, planes, h, w)
         pictures = pictures.view(len(frame_ids), -1, *self.picture_size)  # (B, S * planes, h, w)
-        if self.options.pooling == "attention":
+        if self.attends:
             return self.convs(channels_last(pictures, autocast_dtype(pictures.device)))
         return self.convs(channels_last(pictures).div_(255).sub_(0.25))
 
     def features(self, frame_store, frame_ids, mirrored):
         seen = self.maps(frame_store, frame_ids, mirrored if self.options.mirror else None)
-        what = self.what(self.pool(seen) if self.options.pooling == "attention" else seen).float()
+        what = self.what(self.pool(seen) if self.attends else seen).float()
         places = self.places(frame_store, frame_ids, mirrored)
         where = torch.cat([places[:, -1, :2], places[:, 1:, 2:].flatten(1)], 1)  # (B, 2 S): newest place, all changes
         return torch.cat([what, where], 1)
 
     def attended(self, frame_store, frame_ids):
-        if self.options.pooling == "flatten":
+        if not self.attends:
             return None
         return self.pool(self.maps(frame_store, frame_ids))[:, -2 * PLACES :].unflatten(1, (PLACES, 2))
 
     def both_views(self, frame_store, frame_ids):
         """With model.pooling=attention the convolutions see one view, from which that of the other follows."""
-        if self.options.pooling == "flatten":
+        if not self.attends:
             return super().both_views(frame_store, frame_ids)
         maps = self.maps(frame_store, frame_ids)
         what = self.what(self.pool(torch.cat([maps, mirror_image(maps)]))).float()
@@ -416,7 +417,6 @@ class Temporal(Policy):
 
     def __init__(self, options, spaces):
         super().__init__(options, spaces)
-        self.attends = options.pooling == "attention"
         self.num_places = PLACES if self.attends else 0
         self.place = nn.Linear(4 * (1 + self.num_places), options.width)
         self.time = nn.Parameter(0.02 * torch.randn(spaces.frame_stack, options.width))  # learned time positions

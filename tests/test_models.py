@@ -107,8 +107,9 @@ def test_whole_frames_in_the_mirror_give_mirrored_actions(name, pooling, frames)
         logits, value = answer(policy, *policy.preprocess_stacks(small))
         mirrored_logits, mirrored_value = answer(policy, *policy.preprocess_stacks(small.flip(3)))
     assert (logits.shape, value.shape) == ((6, 4), (6,))
-    torch.testing.assert_close(mirrored_logits[:, [0, 3, 2, 1]], logits, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(mirrored_value, value, atol=1e-4, rtol=1e-4)
+    close = 1e-5 if pooling == "flatten" else 1e-4  # how places change is scaled up, with its rounding
+    torch.testing.assert_close(mirrored_logits[:, [0, 3, 2, 1]], logits, atol=close, rtol=close)
+    torch.testing.assert_close(mirrored_value, value, atol=close, rtol=close)
     assert (logits[:, 1] - logits[:, 3]).abs().max() > 1e-3
 
 
@@ -268,8 +269,8 @@ def test_a_frame_is_encoded_once(name, frames, monkeypatch):
 @pytest.mark.parametrize("name", POLICIES)
 def test_overfits_a_tiny_batch(name, frames):
     policy = calibrated(name, frames).train()
-    frame_store, frame_ids = policy.preprocess_stacks(frames[:12])
-    actions, values = torch.arange(12) % 4, torch.linspace(-1, 1, 12)
+    frame_store, frame_ids = policy.preprocess_stacks(frames)
+    actions, values = torch.arange(24) % 4, torch.linspace(-1, 1, 24)
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
     for _ in range(200):
         logits, value = answer(policy, frame_store, frame_ids)
