@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+NOWHERE = -1e4  # log of an attention of nothing, which a softmax over nothing else still can take
 MOVED = 0.1 * 255  # a pixel changed if any of its planes did by more than a tenth of their range
 
 
@@ -34,15 +35,16 @@ class Eye(nn.Module):
     With `subpixel` it is cut out exactly around that spot, by bilinear interpolation: two degrees of tilt move the feet
     of a lander by a third of a pixel, which would drown in the jumps of a cut along whole pixels.
 
-    A subclass has `calibrate(stacks)`; `center(frames)`, roughly the spot; and `centroid(cutouts)`, the spot in each of
-    its cut-outs, uint8 (B, C, size, size). Both are columns and rows of pixels, float32 (B, 2).
+    It looks at K things, `glimpses`, if a subclass can tell them apart. A subclass has `calibrate(stacks)`;
+    `centers(frames)`, roughly the spots, a list of K; and `centroid(cutouts)`, the spot in each of its cut-outs, uint8
+    (B, C, size, size). All are columns and rows of pixels, float32 (B, 2).
     """
 
     decisions_apart = 1  # frames that show it enough to calibrate lie so many decisions of random play apart
 
-    def __init__(self, planes, size, subpixel=True):
+    def __init__(self, planes, size, subpixel=True, glimpses=1):
         super().__init__()
-        self.planes, self.size, self.subpixel = planes, size, subpixel
+        self.planes, self.size, self.subpixel, self.glimpses = planes, size, subpixel, glimpses
 
     def cut(self, frames, corner, size):
         """The square of each frame whose upper left pixel is at `corner`, int64 (B, 2): uint8 (B, C, size, size)."""
@@ -65,29 +67,40 @@ class Eye(nn.Module):
 
     @torch.no_grad()
     def find(self, frames):
-        """frames uint8 (B, C, H, W) -> the spot, float32 (B, 2), and the upper left of its cut-out, float32 (B, 2).
+        """frames uint8 (B, C, H, W) -> the spots, and the upper left of their cut-outs, both float32 (B, K, 2).
 
         Both are columns and rows of pixels; without `subpixel` the latter are whole.
         """
+        spots, corners, limit = [], [], self.limit(frames)
         with torch.autocast(frames.device.type, enabled=False):  # positions are finer than bfloat16 can tell
-            corner = self.corner(frames, self.center(frames))
-            spot = corner + self.centroid(self.cut(frames, corner.long(), self.size))
-            if self.subpixel:
-                limit = self.limit(frames)
-                corner = (spot - (self.size - 1) / 2).clamp(torch.zeros_like(limit), limit)
-            return spot, corner
+            for center in self.centers(frames):
+                corner = self.corner(frames, center)
+                spots.append(corner + self.centroid(self.cut(frames, corner.long(), self.size)))
+                if self.subpixel:
+                    corner = (spots[-1] - (self.size - 1) / 2).clamp(torch.zeros_like(limit), limit)
+                corners.append(corner)
+            return torch.stack(spots, 1), torch.stack(corners, 1)
 
     @torch.no_grad()
     def forward(self, frames):
-        """frames uint8 (B, C, H, W) -> crops uint8 (B, C, size, size), positions float32 (B, 2), x and y in -1..1."""
+        """frames uint8 (B, C, H, W) -> (crops, positions) of what it looks at.
+
+        crops: uint8 (B, C, K * size, size), K cut-outs, one below the other. positions: float32 (B, 2 * K), x and y of
+        each spot in -1..1.
+        """
         height, width = frames.shape[2:]
-        spot, corner = self.find(frames)
-        x, y = corner.frac()[:, :, None, None, None].unbind(1)
+        spots, corners = self.find(frames)
         with torch.autocast(frames.device.type, enabled=False):
-            crops = self.cut(frames, corner.long(), self.size + 1).float()  # one pixel more, to mix neighbours
-            crops = torch.lerp(crops[..., :-1], crops[..., 1:], x)
-            crops = torch.lerp(crops[..., :-1, :], crops[..., 1:, :], y).round().byte()
-            return crops, spot / torch.tensor([(width - 1) / 2, (height - 1) / 2], device=frames.device) - 1
+            crops = torch.cat([self.between_pixels(frames, corner) for corner in corners.unbind(1)], 2)
+            positions = spots / torch.tensor([(width - 1) / 2, (height - 1) / 2], device=frames.device) - 1
+            return crops, positions.flatten(1)
+
+    def between_pixels(self, frames, corner):
+        """As `cut`, of `size`, at a corner between pixels, float32 (B, 2), by bilinear interpolation."""
+        x, y = corner.frac()[:, :, None, None, None].unbind(1)
+        crops = self.cut(frames, corner.long(), self.size + 1).float()  # one pixel more, to mix neighbours
+        crops = torch.lerp(crops[..., :-1], crops[..., 1:], x)
+        return torch.lerp(crops[..., :-1, :], crops[..., 1:, :], y).round().byte()
 
 
 def mean_place(attention):
@@ -104,7 +117,7 @@ class ColourEye(Eye):
     """
 
     def __init__(self, planes, size, subpixel=True, stride=4, sharpness=40.0):
-        super().__init__(planes, size, subpixel)
+        super().__init__(planes, size, subpixel)  # one glimpse: all of a colour is one thing to it
         self.stride, self.sharpness = stride, sharpness
         self.register_buffer("direction", torch.zeros(planes))
 
@@ -123,9 +136,9 @@ class ColourEye(Eye):
         direction = torch.linalg.solve(covariance, pixels[moved].mean(0) - pixels.mean(0))
         self.direction.copy_(direction / direction.norm())
 
-    def center(self, frames):
-        """Roughly the spot, float32 (B, 2): every stride-th pixel is enough to find it."""
-        return self.centroid(frames[:, :, :: self.stride, :: self.stride]) * self.stride
+    def centers(self, frames):
+        """[roughly the spot, float32 (B, 2)]: every stride-th pixel is enough to find it."""
+        return [self.centroid(frames[:, :, :: self.stride, :: self.stride]) * self.stride]
 
     def centroid(self, frames):
         """Mean place under the attention. Pixels 0 to 255, (B, 3, h, w) -> (B, 2): x in 0..w-1, y in 0..h-1."""
@@ -146,14 +159,17 @@ class LearnedEye(Eye):
       the fine one, which thus prefers the body to the flames that come and go.
     - The entropy of the fine attention is a bonus: it shall lie on all of the body, and the spot in its middle.
 
+    With several `glimpses`, the next is around the likeliest square outside of those before it, and learns from what
+    changed outside of them.
+
     They learn before training from random play (`calibrate`), and go on in each update (`loss`).
     """
 
     decisions_apart = 4  # random play then comes down to the ground
     inertia_coef, entropy_coef = 2.0, 0.1
 
-    def __init__(self, planes, size, subpixel=True, channels=16):
-        super().__init__(planes, size, subpixel)
+    def __init__(self, planes, size, subpixel=True, glimpses=1, channels=16):
+        super().__init__(planes, size, subpixel, glimpses)
         self.coarse = nn.Sequential(
             nn.Conv2d(planes, channels, 4, stride=2, padding=1), nn.ReLU(),
             nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, 1, 1))
@@ -173,15 +189,26 @@ class LearnedEye(Eye):
         height, width = frames.shape[2] // 4 * 4, frames.shape[3] // 4 * 4
         return self.attention(self.coarse, frames[:, :, :height:2, :width:2])
 
-    def center(self, frames):
-        return self.likeliest(self.squares(frames))
+    def centers(self, frames):
+        return [center for _, _, center in self.looks(self.squares(frames))]
 
-    @staticmethod
-    def likeliest(log_attention):
-        """The middle of the square with most attention, float32 (B, 2): of two places, better one than between them."""
-        best = log_attention.flatten(1).argmax(1)
-        columns = log_attention.shape[2]
-        return torch.stack([best % columns, best // columns], 1) * 4 + 1.5
+    def looks(self, squares):
+        """Of each thing to look at, the likeliest first: (log_attention, free, center).
+
+        squares: float32 (B, h, w), as `squares` gives them. log_attention is theirs over what earlier cut-outs left
+        free, bool (B, h, w); center the middle of its likeliest square, float32 (B, 2): of two places, better one than
+        between them.
+        """
+        columns = squares.shape[2]
+        y, x = torch.meshgrid(*(torch.arange(n, device=squares.device) for n in squares.shape[1:]), indexing="ij")
+        free = torch.ones_like(squares, dtype=torch.bool)
+        for _ in range(self.glimpses):
+            best = squares.detach().flatten(1).argmax(1)
+            column, row = best % columns, best // columns
+            yield squares, free, torch.stack([column, row], 1) * 4 + 1.5
+            apart = torch.maximum((x - column[:, None, None]).abs(), (y - row[:, None, None]).abs())
+            free = free & (4 * apart >= self.size)  # cut-outs do not overlap, or both would find the same
+            squares = squares.masked_fill(~free, NOWHERE).flatten(1).log_softmax(1).view_as(squares)
 
     def centroid(self, cutouts):
         return mean_place(self.attention(self.fine, cutouts).exp())
@@ -194,18 +221,21 @@ class LearnedEye(Eye):
         changed = (stacks.short() - stacks[:, others].short()).abs().amax(2).flatten(0, 1) > MOVED  # (B * S, H, W)
         frames, changed = stacks.flatten(0, 1), changed[:, None].float()
         with torch.autocast(frames.device.type, enabled=False):
-            coarse = self.squares(frames)
-            corner = self.corner(frames, self.likeliest(coarse.detach()))
-            fine = self.attention(self.fine, self.cut(frames, corner.long(), self.size))
-            spot = (corner + mean_place(fine.exp())).view(b, s, 2)
-            acceleration = spot[:, 2:] - 2 * spot[:, 1:-1] + spot[:, :-2]  # pixels per decision squared
-            near = acceleration.detach().norm(dim=2) < self.size / 8  # farther apart are two things, one by mistake
-            inertia = F.huber_loss(acceleration, torch.zeros_like(acceleration), reduction="none").sum(2)
-            inertia = (inertia * near).mean()
-            entropy = -(fine.exp() * fine).flatten(1).sum(1).mean()
             squares = F.max_pool2d(F.pad(changed, (2, 2, 2, 2)), 8, stride=4)  # what `coarse` sees of each
-            missed = self.missed(coarse, squares) + self.missed(fine, self.cut(changed, corner.long(), self.size))
-            return missed + self.inertia_coef * inertia - self.entropy_coef * entropy
+            total = 0
+            for coarse, free, center in self.looks(self.squares(frames)):
+                corner = self.corner(frames, center)
+                fine = self.attention(self.fine, self.cut(frames, corner.long(), self.size))
+                spot = (corner + mean_place(fine.exp())).view(b, s, 2)
+                acceleration = spot[:, 2:] - 2 * spot[:, 1:-1] + spot[:, :-2]  # pixels per decision squared
+                near = acceleration.detach().norm(dim=2) < self.size / 8  # farther apart are two things, one by mistake
+                inertia = F.huber_loss(acceleration, torch.zeros_like(acceleration), reduction="none").sum(2)
+                inertia = (inertia * near).mean()
+                entropy = -(fine.exp() * fine).flatten(1).sum(1).mean()
+                missed = self.missed(coarse, squares * free[:, None])
+                missed = missed + self.missed(fine, self.cut(changed, corner.long(), self.size))
+                total = total + missed + self.inertia_coef * inertia - self.entropy_coef * entropy
+            return total / self.glimpses
 
     @staticmethod
     def missed(log_attention, changed):

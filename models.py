@@ -202,6 +202,7 @@ class Policy(nn.Module):
         eye: Literal["colour", "learned", "none"] = Field(
             "colour", description="finds what moves by its colour, or by a look that it learns; none: whole frames")
         glimpse: int = Field(32, ge=16, description="side in pixels of the cut-out around what moves")
+        glimpses: int = Field(1, ge=1, le=16, description="how many things that move the learned eye looks at")
         subpixel: bool = Field(True, description="cut out exactly around the spot, between pixels; false: whole pixels")
         mirror: bool = Field(
             True, description="treat a lander on the left as one on the right seen in a mirror; without an eye, take "
@@ -224,8 +225,12 @@ class Policy(nn.Module):
         has_eye = options.eye != "none"
         self.attends = options.pooling == "attention"
         self.takes_both_views = options.mirror and not has_eye  # nothing tells on which side things are
-        self.eye = EYES[options.eye](spaces.planes, options.glimpse, options.subpixel) if has_eye else None
-        self.picture_size = (options.glimpse, options.glimpse) if has_eye else (spaces.height, spaces.width)
+        if has_eye:
+            several = {"glimpses": options.glimpses} if options.glimpses > 1 else {}
+            self.eye = EYES[options.eye](spaces.planes, options.glimpse, options.subpixel, **several)
+            self.picture_size = (options.glimpses * options.glimpse, options.glimpse)  # one below the other
+        else:
+            self.eye, self.picture_size = None, (spaces.height, spaces.width)
 
     def make_heads(self, inputs):
         features = self.options.features
@@ -258,12 +263,13 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def preprocess(self, frames):
-        """Single frames, uint8 (B, planes, H, W) -> {"pictures": uint8 (B, planes, h, w), "positions": (B, 2)}.
+        """Single frames, uint8 (B, planes, H, W) -> {"pictures": uint8 (B, planes, h, w), "positions": (B, 2 * K)}.
 
-        A learned eye needs the whole frames, too, to go on learning from.
+        K is the number of glimpses. A learned eye needs the whole frames, too, to go on learning from.
         """
         if self.eye is None:
-            return {"pictures": frames, "positions": torch.zeros(len(frames), 2, device=frames.device)}
+            nowhere = torch.zeros(len(frames), 2 * self.options.glimpses, device=frames.device)
+            return {"pictures": frames, "positions": nowhere}
         pictures, positions = self.eye(frames)
         frame_store = {"pictures": pictures, "positions": positions}
         return frame_store | {"frames": frames} if self.options.eye == "learned" else frame_store
@@ -300,7 +306,10 @@ class Policy(nn.Module):
         return {"eye": EYE_COEF * self.eye.loss(stacks)}
 
     def mirrored(self, frame_store, frame_ids):
-        """bool (B,): whether this decision is seen in the mirror, because the newest glimpse is left of the middle."""
+        """bool (B,): whether this decision is seen in the mirror, because the newest glimpse is left of the middle.
+
+        Of several glimpses, the first.
+        """
         return (frame_store["positions"][frame_ids[:, -1], 0] < 0) & self.options.mirror
 
     def both_views(self, frame_store, frame_ids):
@@ -312,14 +321,14 @@ class Policy(nn.Module):
         """Where model.pooling=attention looks in the newest picture, x and y in -1..1: (B, PLACES, 2); or None."""
 
     def places(self, frame_store, frame_ids, mirrored):
-        """Where the glimpses were and how they moved, float32 (B, S, 4): x, y, and their change since the last frame.
+        """(places, changes) of K glimpses, both float32 (B, S, 2 * K): x and y, and their change since the last frame.
 
         Scaled to about unit deviation: one decision moves the lander by a hundredth of the picture.
         """
-        positions = frame_store["positions"][frame_ids]
-        x = torch.where(mirrored[:, None], -positions[..., 0], positions[..., 0])
-        positions = torch.stack([x, positions[..., 1]], -1)
-        return torch.cat([3 * positions, 60 * F.pad(positions.diff(dim=1), (0, 0, 1, 0))], -1)
+        positions = frame_store["positions"][frame_ids].unflatten(2, (-1, 2))
+        x = torch.where(mirrored[:, None, None], -positions[..., 0], positions[..., 0])
+        positions = torch.stack([x, positions[..., 1]], -1).flatten(2)
+        return 3 * positions, 60 * F.pad(positions.diff(dim=1), (0, 0, 1, 0))
 
     def decide(self, inputs, mirrored):
         """inputs (B, I) -> PolicyOutput; in float32, since probabilities are exponentials.
@@ -361,7 +370,7 @@ class CNN(Policy):
                 orthogonal(nn.Conv2d(64, 64, 3)), nn.ReLU(), nn.Flatten())
             flat = self.convs(torch.zeros(1, planes, *self.picture_size)).shape[1]
         self.what = nn.Sequential(orthogonal(nn.Linear(flat, options.features)), nn.ReLU())
-        self.make_heads(options.features + 2 * spaces.frame_stack)
+        self.make_heads(options.features + 2 * options.glimpses * spaces.frame_stack)
 
     def maps(self, frame_store, frame_ids, mirrored=None):
         """What the convolutions make of the stacked pictures, in the mirror where `mirrored`: float (B, ...)."""
@@ -375,9 +384,8 @@ class CNN(Policy):
     def features(self, frame_store, frame_ids, mirrored):
         seen = self.maps(frame_store, frame_ids, mirrored if self.options.mirror else None)
         what = self.what(self.pool(seen) if self.attends else seen).float()
-        places = self.places(frame_store, frame_ids, mirrored)
-        where = torch.cat([places[:, -1, :2], places[:, 1:, 2:].flatten(1)], 1)  # (B, 2 S): newest place, all changes
-        return torch.cat([what, where], 1)
+        places, changes = self.places(frame_store, frame_ids, mirrored)
+        return torch.cat([what, places[:, -1], changes[:, 1:].flatten(1)], 1)  # where the newest is, all changes
 
     def attended(self, frame_store, frame_ids):
         if not self.attends:
@@ -390,7 +398,7 @@ class CNN(Policy):
             return super().both_views(frame_store, frame_ids)
         maps = self.maps(frame_store, frame_ids)
         what = self.what(self.pool(torch.cat([maps, mirror_image(maps)]))).float()
-        return F.pad(what, (0, 2 * self.spaces.frame_stack))  # no places of glimpses
+        return F.pad(what, (0, 2 * self.options.glimpses * self.spaces.frame_stack))  # no places of glimpses
 
 
 class Temporal(Policy):
@@ -418,7 +426,7 @@ class Temporal(Policy):
     def __init__(self, options, spaces):
         super().__init__(options, spaces)
         self.num_places = PLACES if self.attends else 0
-        self.place = nn.Linear(4 * (1 + self.num_places), options.width)
+        self.place = nn.Linear(4 * (options.glimpses + self.num_places), options.width)
         self.time = nn.Parameter(0.02 * torch.randn(spaces.frame_stack, options.width))  # learned time positions
         self.over_time = transformer(options.width, options.heads, options.layers)
         self.make_heads(options.width)
@@ -454,7 +462,7 @@ class Temporal(Policy):
     def features(self, frame_store, frame_ids, mirrored):
         embeddings = self.embed(frame_store, 2 * frame_ids + mirrored[:, None])
         steps, where = embeddings.split([self.options.width, 2 * self.num_places], dim=-1)
-        places = self.places(frame_store, frame_ids, mirrored)
+        places = torch.cat(self.places(frame_store, frame_ids, mirrored), -1)
         if self.attends:  # attention may jump from one thing to another
             changes = (30 * F.pad(where.diff(dim=1), (0, 0, 1, 0))).clamp(-2, 2)
             places = torch.cat([places, 2 * where, changes], -1)

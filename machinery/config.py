@@ -263,6 +263,11 @@ class Config(Strict):
             raise PydanticCustomError(
                 "conflict", "model.pooling=attention sees what changes from one frame to the next, so it needs "
                 "env.frame_stack of 2 or more")
+        glimpses = getattr(self.model, "glimpses", 1)
+        if glimpses > 1 and eye != "learned":
+            raise PydanticCustomError(
+                "conflict", f"model.glimpses={glimpses} needs model.eye=learned, which can tell several things apart; "
+                f"model.eye={eye} {'sees the whole picture' if eye == 'none' else 'looks at one'}")
         if eye != "none" and glimpse > side:
             raise PydanticCustomError(
                 "conflict", f"model.glimpse={glimpse} must be between 16 and {side}, the shorter side of a frame "

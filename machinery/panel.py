@@ -40,7 +40,7 @@ class Insight:
     """What one decision saw, and what it hung on."""
 
     pictures: np.ndarray  # uint8 (S, h, w, C): cut-outs, oldest first; whole frames of a policy without an eye
-    corners: np.ndarray | None  # float32 (S, 2): column and row of each cut-out in its frame
+    corners: np.ndarray | None  # float32 (S, K, 2): column and row of each of K cut-outs in its frame
     saliency: np.ndarray  # float32 (h, w): |d output / d pixel| of the newest picture, over colours
     attention: np.ndarray | None  # float32 (heads, S): in the last layer over time, of the newest step to each frame
     places: np.ndarray | None  # float32 (PLACES, 2): x and y in -1..1 where model.pooling=attention looks in the newest
@@ -107,7 +107,7 @@ class Panel:
         self.cell = min(CELL, (WIDTH - 2 * MARGIN - GAP * self.steps) // (self.steps + 1))
         self.columns = [MARGIN + i * (self.cell + GAP) for i in range(self.steps + 1)]
         self.frame_size = self.cell, self.cell * policy.spaces.height // policy.spaces.width
-        self.picture_size = (self.cell, self.cell) if policy.eye else self.frame_size
+        self.picture_size = (self.cell // policy.options.glimpses, self.cell) if policy.eye else self.frame_size
         self.picture_top = STACK_TOP + (self.frame_size[1] + GAP if policy.eye else 0)
         attention_top = bottom = self.picture_top + self.picture_size[1]
         if isinstance(policy, Temporal):
@@ -265,8 +265,9 @@ class Panel:
             place = self._paste(singles[i], x, STACK_TOP, self.frame_size)
             if self.policy.eye:
                 scale = self.cell / frames.shape[2]
-                corner, side = np.rint(insight.corners[i] * scale).astype(int), int(self.policy.eye.size * scale)
-                cv2.rectangle(place, (*corner.tolist(), side, side), BOX)
+                side = int(self.policy.eye.size * scale)
+                for corner in np.rint(insight.corners[i] * scale).astype(int):
+                    cv2.rectangle(place, (*corner.tolist(), side, side), BOX)
                 self._paste(insight.pictures[i], x, self.picture_top, self.picture_size)
         if insight.places is not None:  # in the newest cut-out, or in the whole frame
             newest = self.drawn[self.picture_top :, x:][: self.picture_size[1], : self.picture_size[0]]

@@ -119,11 +119,44 @@ def test_a_learned_eye_finds_in_gray_what_moves_and_leaves_out_what_flickers():
     eye = LearnedEye(1, 16)
     eye.calibrate(drifting(128, 0)[0], steps=150)
     stacks, places = drifting(200, 1)  # that it never saw
-    error = (eye.find(stacks[:, -1:])[0] - places).norm(dim=1)
+    error = (eye.find(stacks[:, -1:])[0][:, 0] - places).norm(dim=1)
     assert (error < 2).float().mean() > 0.9
     crops, positions = eye(stacks[:, -1:])
     assert (crops.shape, crops.dtype) == ((200, 1, 16, 16), torch.uint8)
     assert positions.abs().max() <= 1
+
+
+def two_bodies(count, seed):
+    """Like `drifting` without sparks, but of two bodies, cross and square, 20 pixels apart or more."""
+    rng, stacks, places = np.random.default_rng(seed), [], []
+    while len(stacks) < count:
+        middles, speeds = rng.uniform([8, 8], [72, 56], (2, 2)), rng.uniform(-3, 3, (2, 2))
+        if np.abs(middles[0] - middles[1]).max() < 20:
+            continue
+        stack = np.full((3, 64, 80), 90, np.uint8)
+        stack[:, ::8] = 160
+        for t, frame in enumerate(stack):
+            (x, y), (u, v) = (middles + speeds * (t - 2)).round().astype(int)
+            frame[y - 4 : y + 4, x - 1 : x + 1] = frame[y - 1 : y + 1, x - 4 : x + 4] = 230
+            frame[v - 3 : v + 3, u - 3 : u + 3] = 20
+        stacks.append(stack)
+        places.append([[x - 0.5, y - 0.5], [u - 0.5, v - 0.5]])
+    return torch.from_numpy(np.stack(stacks)), torch.tensor(places)
+
+
+def test_a_learned_eye_looks_at_two_things_that_move():
+    torch.manual_seed(0)
+    eye = LearnedEye(1, 16, glimpses=2)
+    eye.calibrate(two_bodies(128, 0)[0], steps=150)
+    stacks, places = two_bodies(200, 1)
+    spots = eye.find(stacks[:, -1:])[0]
+    distances = (spots[:, :, None] - places[:, None]).norm(dim=3)  # (B, spots, bodies)
+    assert (distances.amin(1) < 2).all(1).float().mean() > 0.9  # each body has a spot
+    crops, positions = eye(stacks[:, -1:])
+    assert (crops.shape, positions.shape) == ((200, 1, 32, 16), (200, 4))
+    one = LearnedEye(1, 16)
+    one.load_state_dict(eye.state_dict())
+    assert torch.equal(one(stacks[:, -1:])[0], crops[:, :, :16])  # the first of two is what a single one sees
 
 
 def test_a_learned_eye_is_surer_of_what_changed_the_lower_its_loss():
@@ -164,7 +197,7 @@ def test_a_shipped_eye_finds_the_lander_in_frames_that_it_never_saw(name, greedy
             x, y = lander.lander.lander.position
             drawn = torch.tensor([x * SCALE / factor - 0.5, (VIEWPORT[0] - y * SCALE) / factor - 0.5])
             if drawn[1] > 0:  # it can fly over the top of the picture
-                errors.append((policy.eye.find(frames[:, -planes:])[0][0] - drawn).norm().item())
+                errors.append((policy.eye.find(frames[:, -planes:])[0][0, 0] - drawn).norm().item())
             with torch.no_grad():
                 action = policy(*policy.preprocess_stacks(frames)).distribution.mode().item()
             frames, _, *ends = lander.step(action if greedy else int(rng.integers(4)))
