@@ -26,6 +26,7 @@ POLICIES = {
     "frozen stem": ["model.name=temporal_resnet", "model.frozen=stem"],
     "transformer": ["model.name=transformer", "model.heads=8"],
     "attention": ["model.eye=none", "model.pooling=attention"],
+    "two glimpses": ["model.eye=learned", "model.glimpses=2", "env.color=false"],
     "transformer with attention": ["model.name=transformer", "model.eye=none", "model.pooling=attention"],
 }
 
@@ -35,7 +36,7 @@ def policy_and_frames(overrides, decisions=6):
     torch.manual_seed(3)
     config = load_config(None, overrides)
     policy = build_policy(config).eval()
-    if policy.eye:
+    if config.model.eye == "colour":
         policy.eye.direction.copy_(torch.tensor([0.33, -0.81, 0.48]))
     torch.nn.init.normal_(policy.actor.weight)
     lander = Lander(**config.env.settings())
@@ -113,22 +114,27 @@ def test_the_panel_draws_what_the_policy_put_out(overrides):
     newest = frames[-policy.spaces.planes :].transpose(1, 2, 0)
     width, height = drawing.frame_size
     shown = picture[STACK_TOP : STACK_TOP + height, drawing.columns[-2] :][:, :width]
-    assert (shown[0, 0] == newest[0, 0]).all()
-    assert (shown[-1, -1] == newest[-1, -1]).all()
+    if config.model.glimpses == 1:  # an eye that never learned may look at a corner for its second
+        assert (shown[0, 0] == newest[0, 0]).all()
+        assert (shown[-1, -1] == newest[-1, -1]).all()
     if config.model.pooling == "attention":
         assert insight.places.shape == (PLACES, 2)
         column, row = np.rint((insight.places[0] + 1) / 2 * (np.array([width, height]) - 1)).astype(int)
         around = shown[max(row - 5, 0) : row + 6, max(column - 5, 0) : column + 6]
         assert (around == BOX).all(2).sum() > 5  # a ring
     if policy.eye:
-        x, y = insight.corners[-1]
-        cutout = cv2.getRectSubPix(newest.astype(np.float32), (32, 32), (x + 15.5, y + 15.5))
-        assert np.abs(cutout - insight.pictures[-1]).max() < 1
-        cutout = insight.pictures[-1]
+        cutouts = insight.pictures[-1]
+        assert len(insight.corners[-1]) == config.model.glimpses
+        for i, (x, y) in enumerate(insight.corners[-1]):
+            column, row = np.rint(np.array([x, y]) * width / newest.shape[1]).astype(int)
+            assert (shown[row, column] == BOX).all()  # the corner of its frame
+            cutout = cv2.getRectSubPix(newest.astype(np.float32), (32, 32), (x + 15.5, y + 15.5))
+            assert np.abs(cutout.reshape(32, 32, -1) - cutouts[32 * i : 32 * (i + 1)]).max() < 1
         width, height = drawing.picture_size
         shown = picture[drawing.picture_top : drawing.picture_top + height, drawing.columns[-2] :][:, :width]
-        middles = ((np.arange(32) + 0.5) * width / 32).astype(int)
-        assert (shown[np.ix_(middles, middles)] == cutout).all()
+        rows, columns = (((np.arange(n) + 0.5) * size / n).astype(int)
+                         for n, size in zip(cutouts.shape[:2], (height, width), strict=True))
+        assert (shown[np.ix_(rows, columns)] == cutouts).all()
 
 
 def test_a_long_and_a_bad_episode_stay_within_the_axes():
