@@ -143,7 +143,9 @@ class Run:
         threads = f"{self.processes.size} processes of {count}" if many else count
         self.watch.deferred = True  # a run that MLflow has begun is to be ended there
         first = self.processes.rank == 0
-        with Tracker(self.config, self.folder, threads, self.run_id) if first else nullcontext() as self.tracker:
+        gpu = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else ""
+        tracker = Tracker(self.config, self.folder, threads, self.run_id, gpu) if first else nullcontext()
+        with tracker as self.tracker:
             self.watch.check_all()
             if self.tracker:
                 self.run_id = self.tracker.run_id

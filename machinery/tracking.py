@@ -53,8 +53,11 @@ class TrackingError(UserError):
     """MLflow cannot be used at the start."""
 
 
-def machine_tags(threads):
-    """Git commit, package versions, machine and threads: the numbers of a run depend on them besides its config."""
+def machine_tags(threads, gpu=""):
+    """Git commit, package versions, machine and threads: the numbers of a run depend on them besides its config.
+
+    gpu: the name of the one that trains, if one does.
+    """
     tags = {"git_commit": git_commit(ROOT), "python": platform.python_version()}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -63,7 +66,7 @@ def machine_tags(threads):
     with suppress(OSError, StopIteration):  # not every system has the file, nor every processor the line
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    machine = f"{platform.system()} {platform.machine()}, {cpu}, {os.cpu_count()} cores"
+    machine = f"{platform.system()} {platform.machine()}, {cpu}, {os.cpu_count()} cores{gpu and f', {gpu}'}"
     return tags | {"machine": machine, "threads": str(threads)}
 
 
@@ -273,8 +276,8 @@ def _scores(metrics):
 class Tracker:
     """Use as a context: leaving it ends the MLflow run as FINISHED, KILLED (interrupted) or FAILED (any error)."""
 
-    def __init__(self, config, run_folder, threads, run_id=None):
-        self.folder, self.settings, self.tags = Path(run_folder), with_store(config.tracking), machine_tags(threads)
+    def __init__(self, config, run_folder, threads, run_id=None, gpu=""):
+        self.folder, self.settings, self.tags = Path(run_folder), with_store(config.tracking), machine_tags(threads, gpu)
         self.config = config
         self.queue = Queue("disk", "MLflow") if self.settings.mlflow else Queue("disk")
         self.metrics = Metrics(self.folder / "metrics.csv", self.queue)

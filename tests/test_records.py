@@ -104,6 +104,11 @@ def test_a_machine_without_git_trains_too(monkeypatch):
     assert machine_tags(2)["git_commit"] == "unknown"
 
 
+def test_a_gpu_is_part_of_the_machine():
+    machine, with_gpu = (machine_tags(1, *gpu)["machine"] for gpu in ((), ("NVIDIA H100",)))
+    assert with_gpu == f"{machine}, NVIDIA H100"
+
+
 def commit(folder):
     folder.mkdir()
     (folder / "file").write_text(folder.name)
