@@ -277,8 +277,8 @@ class Tracker:
     """Use as a context: leaving it ends the MLflow run as FINISHED, KILLED (interrupted) or FAILED (any error)."""
 
     def __init__(self, config, run_folder, threads, run_id=None, gpu=""):
-        self.folder, self.settings, self.tags = Path(run_folder), with_store(config.tracking), machine_tags(threads, gpu)
-        self.config = config
+        self.folder, self.settings, self.config = Path(run_folder), with_store(config.tracking), config
+        self.tags = machine_tags(threads, gpu)
         self.queue = Queue("disk", "MLflow") if self.settings.mlflow else Queue("disk")
         self.metrics = Metrics(self.folder / "metrics.csv", self.queue)
         self._tell_differences()
