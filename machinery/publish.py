@@ -220,12 +220,12 @@ def table():
     others = {f"{row['id']} {row['solved']:g}": 0 for row in found if row["id"] != ENV_ID}
     mark = f"{solved_mark(ENV_ID):g}" + (f" ({', '.join(others)})" if others else "")
     rows = [
-        f"| config | priors | frames, time to a training return of {mark} | trained for | greedy | sampled | landed |",
+        f"| config | priors | frames, time to a return of {mark} | trained for | greedy | sampled | landed |",
         "| --- | --- | --- | --- | --- | --- | --- |"]
     for row in found:
         rows.append(
             f"| [{row['name']}](results/{row['name']}) | {row['priors']} | {row['hit'].replace(' frames', '')} | "
-            f"{row['frames'] / 1e6:.1f} M, {row['minutes']:.0f} min | **{row['greedy']}** | "
+            f"{row['frames'] / 1e6:.1f} M, {row['minutes']:.0f} min | {row['greedy']} | "
             f"{row['sampled'].partition(' ')[0]} | {row['landed'].partition(' ')[0] or '-'} |")
     return "\n".join(rows)
 
