@@ -147,7 +147,7 @@ def two_bodies(count, seed):
 def test_a_learned_eye_looks_at_two_things_that_move():
     torch.manual_seed(0)
     eye = LearnedEye(1, 16, glimpses=2)
-    eye.calibrate(two_bodies(128, 0)[0], steps=150)
+    eye.calibrate(two_bodies(128, 0)[0], steps=100)
     stacks, places = two_bodies(200, 1)
     spots = eye.find(stacks[:, -1:])[0]
     distances = (spots[:, :, None] - places[:, None]).norm(dim=3)  # (B, spots, bodies)
