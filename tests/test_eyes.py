@@ -191,7 +191,7 @@ def test_a_shipped_eye_finds_the_lander_in_frames_that_it_never_saw(name, greedy
     policy, config, _ = load_policy(ROOT / "results" / name)
     lander, rng = make_env(**config.env.settings()), np.random.default_rng(0)
     planes, factor, errors = policy.spaces.planes, config.env.shrink_factor, []
-    for seed in range(EVALUATION_SEED, EVALUATION_SEED + 8):
+    for seed in range(EVALUATION_SEED, EVALUATION_SEED + 16):
         frames, ended = torch.from_numpy(lander.reset(seed).copy())[None], False
         while not ended:
             x, y = lander.lander.lander.position
