@@ -202,13 +202,14 @@ class LearnedEye(Eye):
         columns = squares.shape[2]
         y, x = torch.meshgrid(*(torch.arange(n, device=squares.device) for n in squares.shape[1:]), indexing="ij")
         free = torch.ones_like(squares, dtype=torch.bool)
-        for _ in range(self.glimpses):
+        for left in reversed(range(self.glimpses)):
             best = squares.detach().flatten(1).argmax(1)
             column, row = best % columns, best // columns
             yield squares, free, torch.stack([column, row], 1) * 4 + 1.5
-            apart = torch.maximum((x - column[:, None, None]).abs(), (y - row[:, None, None]).abs())
-            free = free & (4 * apart >= self.size)  # cut-outs do not overlap, or both would find the same
-            squares = squares.masked_fill(~free, NOWHERE).flatten(1).log_softmax(1).view_as(squares)
+            if left:
+                apart = torch.maximum((x - column[:, None, None]).abs(), (y - row[:, None, None]).abs())
+                free = free & (4 * apart >= self.size)  # cut-outs do not overlap, or both would find the same
+                squares = squares.masked_fill(~free, NOWHERE).flatten(1).log_softmax(1).view_as(squares)
 
     def centroid(self, cutouts):
         return mean_place(self.attention(self.fine, cutouts).exp())
