@@ -166,22 +166,23 @@ class LearnedEye(Eye):
     """
 
     decisions_apart = 4  # random play then comes down to the ground
-    inertia_coef, entropy_coef = 2.0, 0.1
+    inertia_coef, entropy_coef = 2.0, 0.2
 
     def __init__(self, planes, size, subpixel=True, glimpses=1, channels=16):
         super().__init__(planes, size, subpixel, glimpses)
         self.coarse = nn.Sequential(
-            nn.Conv2d(planes, channels, 4, stride=2, padding=1), nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, 1, 1))
-        self.fine = nn.Sequential(
-            nn.Conv2d(planes, channels // 2, 5, padding=2), nn.ReLU(),
-            nn.Conv2d(channels // 2, channels, 3, padding=2, dilation=2), nn.ReLU(),  # to see a whole lander: 13 pixels
-            nn.Conv2d(channels, channels, 3, padding=2, dilation=2), nn.ReLU(), nn.Conv2d(channels, 1, 1))
+            nn.Conv2d(planes, channels, 4, stride=2, padding=1), nn.ReLU(inplace=True),
+            nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(channels, 1, 1))
+        self.fine = nn.Sequential(  # dilated, to see a whole lander: 13 pixels
+            nn.Conv2d(planes, channels // 2, 5, padding=2), nn.ReLU(inplace=True),
+            nn.Conv2d(channels // 2, channels, 3, padding=2, dilation=2), nn.ReLU(inplace=True),
+            nn.Conv2d(channels, channels, 3, padding=2, dilation=2), nn.ReLU(inplace=True), nn.Conv2d(channels, 1, 1))
 
     @staticmethod
     def attention(network, frames):
         """log of the attention, float32 (B, h, w), for pixels 0 to 255."""
-        scores = network(frames.float().div_(255).sub_(0.25))[:, 0]
+        frames = frames.to(torch.float32, memory_format=torch.channels_last)  # a CPU convolves these twice as fast
+        scores = network(frames.div_(255).sub_(0.25))[:, 0]
         return scores.flatten(1).log_softmax(1).view_as(scores)
 
     def squares(self, frames):
