@@ -40,7 +40,8 @@ class Eye(nn.Module):
     (B, C, size, size). All are columns and rows of pixels, float32 (B, 2).
     """
 
-    decisions_apart = 1  # frames that show it enough to calibrate lie so many decisions of random play apart
+    # Random play shows it enough to calibrate in so many pictures of each environment, so many decisions apart.
+    pictures, decisions_apart = 20, 1
 
     def __init__(self, planes, size, subpixel=True, glimpses=1):
         super().__init__()
@@ -159,17 +160,20 @@ class LearnedEye(Eye):
       the fine one, which thus prefers the body to the flames that come and go.
     - The entropy of the fine attention is a bonus: it shall lie on all of the body, and the spot in its middle.
 
+    With `mirror` every second stack is learned from as a mirror shows it, or the spot could drift to a side of the body.
+
     With several `glimpses`, the next is around the likeliest square outside of those before it, and learns from what
     changed outside of them.
 
     They learn before training from random play (`calibrate`), and go on in each update (`loss`).
     """
 
-    decisions_apart = 4  # random play then comes down to the ground
+    pictures, decisions_apart = 60, 4  # random play then comes down to the ground, again and again
     inertia_coef, entropy_coef = 2.0, 0.2
 
-    def __init__(self, planes, size, subpixel=True, glimpses=1, channels=16):
+    def __init__(self, planes, size, subpixel=True, glimpses=1, mirror=False, channels=16):
         super().__init__(planes, size, subpixel, glimpses)
+        self.mirror = mirror
         self.coarse = nn.Sequential(
             nn.Conv2d(planes, channels, 4, stride=2, padding=1), nn.ReLU(inplace=True),
             nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(channels, 1, 1))
@@ -218,6 +222,8 @@ class LearnedEye(Eye):
     def loss(self, stacks):
         """The loss on stacks of frames, uint8 (B, S, C, H, W), S >= 3: a scalar."""
         b, s = stacks.shape[:2]
+        if self.mirror:
+            stacks = torch.cat([stacks[::2], stacks[1::2].flip(-1)])
         # Each frame is compared with the farthest in its stack: the farther, the more of a body has moved.
         others = [s - 1 if i < s / 2 else 0 for i in range(s)]
         changed = (stacks.short() - stacks[:, others].short()).abs().amax(2).flatten(0, 1) > MOVED  # (B * S, H, W)

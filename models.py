@@ -43,7 +43,7 @@ from layers import (
 
 LOG_STD = -0.5  # of continuous actions at the start: a deviation of 0.6, where actions lie between -1 and 1
 # A learned eye goes on learning: from so many stacks of each minibatch, with this weight of its loss, at this rate.
-EYE_STACKS, EYE_COEF, EYE_LEARNING_RATE = 2, 0.1, 0.004
+EYE_STACKS, EYE_COEF, EYE_LEARNING_RATE = 2, 0.1, 0.02
 STAGES = ("layer1", "layer2", "layer3", "layer4")  # of a ResNet
 
 
@@ -226,8 +226,9 @@ class Policy(nn.Module):
         self.attends = options.pooling == "attention"
         self.takes_both_views = options.mirror and not has_eye  # nothing tells on which side things are
         if has_eye:
-            several = {"glimpses": options.glimpses} if options.glimpses > 1 else {}
-            self.eye = EYES[options.eye](spaces.planes, options.glimpse, options.subpixel, **several)
+            more = {"mirror": options.mirror} if options.eye == "learned" else {}
+            more |= {"glimpses": options.glimpses} if options.glimpses > 1 else {}
+            self.eye = EYES[options.eye](spaces.planes, options.glimpse, options.subpixel, **more)
             self.picture_size = (options.glimpses * options.glimpse, options.glimpse)  # one below the other
         else:
             self.eye, self.picture_size = None, (spaces.height, spaces.width)
@@ -246,14 +247,7 @@ class Policy(nn.Module):
     def calibrate(self, frames):
         """Learn what can be learned from frames alone. frames: uint8 (B, K, H, W), of any play."""
         if self.eye:
-            self.eye.calibrate(self.half_mirrored(frames) if self.options.eye == "learned" else frames)
-
-    def half_mirrored(self, frames):
-        """Every second one of (B, ..., W) seen in the mirror, if there is one: else an eye would learn a side."""
-        if self.options.mirror:
-            frames = frames.clone()
-            frames[1::2] = frames[1::2].flip(-1)
-        return frames
+            self.eye.calibrate(frames)
 
     def parts_of_other_rate(self):
         """[(module, factor)]: what learns with another rate than ppo.learning_rate."""
@@ -310,7 +304,7 @@ class Policy(nn.Module):
             return {}
         some = minibatch.frame_ids[:: max(len(minibatch.frame_ids) // EYE_STACKS, 1)]
         stacks = minibatch.frame_store["frames"].index_select(0, some.flatten()).unflatten(0, some.shape)
-        return {"eye": EYE_COEF * self.eye.loss(self.half_mirrored(stacks))}
+        return {"eye": EYE_COEF * self.eye.loss(stacks)}
 
     def mirrored(self, frame_store, frame_ids):
         """bool (B,): whether this decision is seen in the mirror, because the newest glimpse is left of the middle.

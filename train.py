@@ -319,10 +319,10 @@ class Trainer:
         return make_vector_env(
             env.num_envs, env.num_workers, self.config.run.seed, self.processes.rank * env.num_envs, **env.settings())
 
-    def _calibrate(self, pictures=20):
+    def _calibrate(self):
         """Let the policy see some frames of random play, for what it can learn from frames alone."""
-        frames, spaces, shape = [], self.policy.spaces, self.envs.action_space.shape
-        apart = self.policy.eye.decisions_apart if self.policy.eye else 1
+        frames, spaces, shape, eye = [], self.policy.spaces, self.envs.action_space.shape, self.policy.eye
+        pictures, apart = (eye.pictures, eye.decisions_apart) if eye else (20, 1)
         for decision in range(pictures * apart):
             if spaces.continuous:
                 actions = 2 * torch.rand(shape, generator=self.generator) - 1

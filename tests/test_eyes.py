@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.envs.box2d.lunar_lander import SCALE
-from test_models import lander_frames
+from test_models import SPACES, lander_frames
 
 from camera import shrink
 from envs import make_env
 from eyes import EYES, CalibrationError, ColourEye, LearnedEye
 from machinery.checkpoint import load_policy
+from models import POLICIES, make_policy
 from runs import ROOT
 from task import EVALUATION_SEED, VIEWPORT
 
@@ -124,6 +125,19 @@ def test_a_learned_eye_finds_in_gray_what_moves_and_leaves_out_what_flickers():
     crops, positions = eye(stacks[:, -1:])
     assert (crops.shape, crops.dtype) == ((200, 1, 16, 16), torch.uint8)
     assert positions.abs().max() <= 1
+
+
+def test_where_there_is_a_mirror_a_learned_eye_learns_from_it_as_often_as_not():
+    torch.manual_seed(0)
+    eye, (stacks, _) = LearnedEye(1, 16), drifting(2, 0)
+    stacks = stacks[:, :, None]  # (B, S, C, H, W)
+    expected = eye.loss(torch.stack([stacks[0], stacks[1].flip(-1)]))
+    assert abs(eye.loss(stacks) - expected) > 1e-4
+    eye.mirror = True
+    assert torch.allclose(eye.loss(stacks), expected)
+    for mirror in (True, False):
+        policy = make_policy(POLICIES["cnn"].Options(eye="learned", mirror=mirror), SPACES)
+        assert policy.eye.mirror == mirror
 
 
 def two_bodies(count, seed):
