@@ -160,7 +160,7 @@ class LearnedEye(Eye):
       the fine one, which thus prefers the body to the flames that come and go.
     - The entropy of the fine attention is a bonus: it shall lie on all of the body, and the spot in its middle.
 
-    With `mirror` every second stack is learned from as a mirror shows it, or the spot could drift to a side of the body.
+    With `mirror` every second stack is learned from as a mirror shows it, lest the spot drift to one side of a body.
 
     With several `glimpses`, the next is around the likeliest square outside of those before it, and learns from what
     changed outside of them.
