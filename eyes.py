@@ -260,7 +260,8 @@ class LearnedEye(Eye):
     def calibrate(self, stacks, steps=300, batch=16):
         """Learn from frames of random play, uint8 (B, S * C, H, W); CalibrationError if nothing moves in them."""
         stacks = stacks.unflatten(1, (-1, self.planes))
-        if not ((stacks[:, 0].short() - stacks[:, -1].short()).abs() > MOVED).any():
+        ends = zip(stacks[:, 0], stacks[:, -1], strict=True)  # one by one, since they are many
+        if not any(((last.short() - first.short()).abs() > MOVED).any() for first, last in ends):
             raise CalibrationError
         optimizer = torch.optim.Adam(self.parameters(), lr=3e-3)
         for _ in range(steps):
