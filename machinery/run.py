@@ -62,6 +62,15 @@ class TrainingError(UserError):
     """Training cannot go on."""
 
 
+def is_as_good(returns, best):
+    """Whether the mean of `returns`, (n,), is at most its standard error below the highest so far, None if none was.
+
+    Of policies whose scores hardly differ the newest is the one to keep: it learned for longer, and with smaller steps,
+    and the highest of many scores of a few episodes owes much to luck.
+    """
+    return best is None or returns.mean() + returns.std() / len(returns) ** 0.5 >= best
+
+
 @contextmanager
 def open_run(args, processes, play, evaluate, draw_run):
     """The Run that the command line asks for: `args` has config, resume and overrides.
@@ -107,7 +116,7 @@ class Run:
         """Counters of a new run, or those of `state`, the dict of a checkpoint."""
         self.counters = {
             "seconds": 0.0,  # of training and of scoring candidates
-            "best": None,  # score of the best policy so far
+            "best": None,  # highest score so far
             "next_evaluation": self.config.evaluation.interval,  # in environment frames
             "milestones": [],
             "scored": None}  # episodes of the final score, once it is done
@@ -210,7 +219,7 @@ class Run:
                     "ppo.max_grad_norm or ppo.reward_scale usually helps") from None
 
     def score_candidate(self, metrics):
-        """Every evaluation.interval frames, play greedy episodes on seeds of their own and keep the best policy so far.
+        """Every evaluation.interval frames, play greedy episodes on seeds of their own; keep what `is_as_good`.
 
         Adds eval/return_mean and eval/landed_rate to `metrics`, nan where nothing was played.
         """
@@ -231,9 +240,9 @@ class Run:
         returns, _, outcomes = self.play(policy, self.config.env, seeds, recorder=self.flight)
         metrics["eval/return_mean"] = float(returns.mean())
         metrics |= {} if task.landed is None else {"eval/landed_rate": float((outcomes == task.landed).mean())}
-        if counters["best"] is None or returns.mean() > counters["best"]:
+        if is_as_good(returns, counters["best"]):
             self.unsaved_best = policy_bytes(policy, self.config, frames)
-            counters["best"] = float(returns.mean())
+            counters["best"] = max(float(returns.mean()), -math.inf if counters["best"] is None else counters["best"])
         counters["seconds"] += time.perf_counter() - start
         try:
             self._save_best()

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from machinery.checkpoint import load_checkpoint
+from machinery.checkpoint import load_checkpoint, trained_frames
 from machinery.config import load_config
 from runs import (
     BARE,
@@ -219,6 +219,18 @@ def test_a_run_that_goes_on_is_scored_as_often_as_it_now_says(tmp_path, monkeypa
         run.config = load_config(CONFIG, [*TINY, f"evaluation.interval={interval}"])
         run.start_or_resume(state)
         assert run.counters["next_evaluation"] == following
+
+
+def test_of_policies_that_score_about_alike_the_newest_is_kept(tmp_path, monkeypatch):
+    """A standard error of 10 is allowed for, but only once: the highest score stays what others are held against."""
+    scores = ((100, True), (91, True), (89, False), (150, True), (139, False), (142, True), (139, False))
+    now = {}
+    monkeypatch.setattr("runs.play", lambda *_, **__: (now["score"] + np.array([-20, 20, -20, 20]), None, np.zeros(4)))
+    with begun(tmp_path, [*TINY, *BARE, "evaluation.interval=1"]) as run:
+        for frames, (now["score"], kept) in enumerate(scores, 1):
+            run.trainer.counters["env_frames"] = frames
+            run.score_candidate({})
+            assert (trained_frames(run.folder / "checkpoints" / "policy.safetensors") == frames) == kept, frames
 
 
 def test_freed_memory_is_kept_for_the_next_minibatch():
