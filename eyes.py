@@ -160,7 +160,7 @@ class LearnedEye(Eye):
       the fine one, which thus prefers the body to the flames that come and go.
     - The entropy of the fine attention is a bonus: it shall lie on all of the body, and the spot in its middle.
 
-    With `mirror` every second stack is learned from as a mirror shows it, lest the spot drift to one side of a body.
+    With `mirror` a mirror image is looked at in the mirrored place, lest the spot drift to one side of a body.
 
     With several `glimpses`, the next is around the likeliest square outside of those before it, and learns from what
     changed outside of them.
@@ -173,7 +173,6 @@ class LearnedEye(Eye):
 
     def __init__(self, planes, size, subpixel=True, glimpses=1, mirror=False, channels=16):
         super().__init__(planes, size, subpixel, glimpses)
-        self.mirror = mirror
         self.coarse = nn.Sequential(
             nn.Conv2d(planes, channels, 4, stride=2, padding=1), nn.ReLU(inplace=True),
             nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(channels, 1, 1))
@@ -181,6 +180,9 @@ class LearnedEye(Eye):
             nn.Conv2d(planes, channels // 2, 5, padding=2), nn.ReLU(inplace=True),
             nn.Conv2d(channels // 2, channels, 3, padding=2, dilation=2), nn.ReLU(inplace=True),
             nn.Conv2d(channels, channels, 3, padding=2, dilation=2), nn.ReLU(inplace=True), nn.Conv2d(channels, 1, 1))
+        for module in self.modules() if mirror else ():
+            if isinstance(module, nn.Conv2d):
+                keep_symmetric(module.weight)
 
     @staticmethod
     def attention(network, frames):
@@ -222,8 +224,6 @@ class LearnedEye(Eye):
     def loss(self, stacks):
         """The loss on stacks of frames, uint8 (B, S, C, H, W), S >= 3: a scalar."""
         b, s = stacks.shape[:2]
-        if self.mirror:
-            stacks = torch.cat([stacks[::2], stacks[1::2].flip(-1)])
         # Each frame is compared with the farthest in its stack: the farther, the more of a body has moved.
         others = [s - 1 if i < s / 2 else 0 for i in range(s)]
         changed = (stacks.short() - stacks[:, others].short()).abs().amax(2).flatten(0, 1) > MOVED  # (B * S, H, W)
@@ -270,6 +270,13 @@ class LearnedEye(Eye):
             loss.backward()
             optimizer.step()
         self.zero_grad()
+
+
+def keep_symmetric(kernels):
+    """Make kernels, (C', C, h, w), their own mirror images. They stay so, since their gradients then are, too."""
+    with torch.no_grad():
+        kernels.copy_((kernels + kernels.flip(3)) / 2)
+    kernels.register_hook(lambda gradient: (gradient + gradient.flip(3)) / 2)
 
 
 EYES = {"colour": ColourEye, "learned": LearnedEye}

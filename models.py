@@ -43,7 +43,7 @@ from layers import (
 
 LOG_STD = -0.5  # of continuous actions at the start: a deviation of 0.6, where actions lie between -1 and 1
 # A learned eye goes on learning: from so many stacks of each minibatch, with this weight of its loss, at this rate.
-EYE_STACKS, EYE_COEF, EYE_LEARNING_RATE = 2, 0.1, 0.001
+EYE_STACKS, EYE_COEF, EYE_LEARNING_RATE = 2, 0.1, 0.004
 STAGES = ("layer1", "layer2", "layer3", "layer4")  # of a ResNet
 
 

@@ -188,7 +188,7 @@ def test_a_learned_eye_goes_on_learning_with_its_policy(name, frames):
     learning = {key for key, parameter in policy.named_parameters() if parameter.grad is not None}
     assert learning == {key for key, _ in policy.named_parameters() if key.startswith("eye.")}
     groups = [(group["lr_scale"], len(group["params"])) for group in policy.parameter_groups()]
-    assert (0.001, len(learning)) in groups
+    assert (0.004, len(learning)) in groups
     assert sum(count for _, count in groups) == len(list(policy.parameters()))
 
 
