@@ -225,6 +225,8 @@ class Policy(nn.Module):
         has_eye = options.eye != "none"
         self.attends = options.pooling == "attention"
         self.takes_both_views = options.mirror and not has_eye  # nothing tells on which side things are
+        # The maps of one view tell those of the other, where both strides of convolve_changes cut both views alike.
+        self.mirrors_maps = self.takes_both_views and self.attends and spaces.width % 4 == 2
         if has_eye:
             more = {"mirror": options.mirror} if options.eye == "learned" else {}
             more |= {"glimpses": options.glimpses} if options.glimpses > 1 else {}
@@ -361,7 +363,7 @@ class CNN(Policy):
         super().__init__(options, spaces)
         planes = spaces.frame_stack * spaces.planes
         if self.attends:
-            self.convs = convolve_changes(spaces.frame_stack, spaces.planes, mirror=self.takes_both_views)
+            self.convs = convolve_changes(spaces.frame_stack, spaces.planes, mirror=self.mirrors_maps)
             self.pool = AttentionPool(64)
             flat = self.pool.outputs
         else:
@@ -394,8 +396,8 @@ class CNN(Policy):
         return self.pool(self.maps(frame_store, frame_ids))[:, -2 * PLACES :].unflatten(1, (PLACES, 2))
 
     def both_views(self, frame_store, frame_ids):
-        """With model.pooling=attention the convolutions see one view, from which that of the other follows."""
-        if not self.attends:
+        """With model.pooling=attention the convolutions see one view, if that of the other follows from it."""
+        if not self.mirrors_maps:
             return super().both_views(frame_store, frame_ids)
         maps = self.maps(frame_store, frame_ids)
         what = self.what(self.pool(torch.cat([maps, mirror_image(maps)]))).float()
@@ -658,7 +660,7 @@ class Transformer(Temporal):
         size = options.spatial_width
         if self.attends:
             tokens = PLACES
-            self.stem = convolve_changes(2, 3, mirror=self.takes_both_views)
+            self.stem = convolve_changes(2, 3, mirror=self.mirrors_maps)
             self.pool = AttentionPool(64)
             self.token = nn.Linear(PLACE_WIDTH + 2, size)
         else:
@@ -687,7 +689,7 @@ class Transformer(Temporal):
     def encode(self, frame_store, views):
         if not self.attends:
             return super().encode(frame_store, views)
-        if not self.takes_both_views:
+        if not self.mirrors_maps:
             return self.attend(self.stem(self.changes(frame_store, views)))
         rows, which = (views // 2).unique(return_inverse=True)  # the maps of the other view follow from those of one
         maps = self.stem(self.changes(frame_store, 2 * rows))

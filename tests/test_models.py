@@ -96,15 +96,16 @@ def test_whole_gray_frames_without_the_eye(name, pooling, frames):
 
 @pytest.mark.parametrize("pooling", ["flatten", "attention"])
 @pytest.mark.parametrize("name", POLICIES)
-def test_whole_frames_in_the_mirror_give_mirrored_actions(name, pooling, frames):
-    """Without an eye the policy is the mean of two views, whatever its weights are."""
+@pytest.mark.parametrize("width", [37, 38, 40])
+def test_whole_frames_in_the_mirror_give_mirrored_actions(width, name, pooling, frames):
+    """Without an eye the policy is the mean of two views, whatever its weights and the frames' width are."""
     torch.manual_seed(0)
     small = {"width": 32} if name != "cnn" else {}
     options = POLICIES[name].Options(eye="none", pooling=pooling, **small)
     policy = make_policy(
-        options, Spaces(4, 3, 25, 38, num_actions=4, mirrored_actions=MIRRORED_ACTIONS)).eval()
+        options, Spaces(4, 3, 25, width, num_actions=4, mirrored_actions=MIRRORED_ACTIONS)).eval()
     nn.init.normal_(policy.actor.weight)
-    small = frames[:6, :, ::4, ::4].contiguous()
+    small = F.pad(frames[:6, :, ::4, ::4], (0, width - 38))
     with torch.no_grad():
         logits, value = answer(policy, *policy.preprocess_stacks(small))
         mirrored_logits, mirrored_value = answer(policy, *policy.preprocess_stacks(small.flip(3)))
