@@ -113,10 +113,11 @@ def resume_run(path, overrides, lock, processes=1):
         shutil.copyfile(metrics, metrics.with_suffix(".csv.aside"))
     if newer and trained_frames(policy) > counters["env_frames"]:
         newer.append(policy)
-        counters["best"] = None  # the best of what comes is chosen anew
     for file in newer:
         file.rename(f"{file}.aside")
         print(f"{file} is newer than what this run goes on from; it is put aside as {file.name}.aside")
+    if not trained_frames(policy):  # put aside, lost or damaged
+        counters["best"] = None  # the best of what comes is chosen anew
     there = Metrics(folder / "metrics.csv").drop_after(counters["env_frames"])
     if there < counters["env_frames"]:
         print(f"{folder}/metrics.csv lacks the updates between {there:,} and {counters['env_frames']:,} frames")

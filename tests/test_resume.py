@@ -101,6 +101,20 @@ def test_who_goes_back_keeps_what_came_after(run):
     assert (run / "checkpoints" / "policy.safetensors.aside").exists()
 
 
+@pytest.mark.parametrize("damage", [lambda best: best.unlink(), lambda best: best.write_bytes(b"half a fi")])
+def test_a_run_whose_best_policy_is_lost_chooses_the_best_anew(damage, run):
+    config = load_config(None, ["ppo.total_frames=300"])
+    best, file = run / "checkpoints" / "policy.safetensors", run / "checkpoints" / "000000000200.ckpt"
+    (run / "checkpoints" / "000000000300.ckpt").unlink()
+    state = load_checkpoint(file)
+    state["counters"]["best"] = 7.0
+    save_checkpoint(file, state)
+    best.write_bytes(policy_bytes(build_policy(config), config, 200))
+    assert resume("runs/x")[2]["counters"]["best"] == 7.0
+    damage(best)
+    assert resume("runs/x")[2]["counters"]["best"] is None
+
+
 def test_metrics_of_an_abandoned_branch_are_kept(run):
     before = (run / "metrics.csv").read_text()
     resume("runs/x/checkpoints/000000000200.ckpt")
