@@ -163,7 +163,7 @@ class Run:
                 print(f"{self.folder}: {self.config.model.name}, {trainer.device.type}, {', '.join(words)}", flush=True)
             yield
             self.watch.deferred = True
-        if first:
+        if first and self.tracker.complete:  # else a resumed run scores again, and sends what MLflow lacks
             self._mark_scored()
 
     @contextmanager

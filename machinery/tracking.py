@@ -283,6 +283,7 @@ class Tracker:
         self.metrics = Metrics(self.folder / "metrics.csv", self.queue)
         self._tell_differences()
         self.client, self.run_id, self.sender, self.told = None, run_id, None, set()
+        self.complete = True  # MLflow has all that it was sent
         self.keeps_files = False  # whether MLflow gets the run's files
         if self.settings.mlflow:
             self._start_mlflow()
@@ -413,6 +414,7 @@ class Tracker:
         if not self.client:
             return
         updates, files, models = self.sender.close()
+        self.complete = not (updates or files or models)
         if updates:
             print(f"MLflow lacks the last {updates} updates; {self.metrics.path} has them", file=sys.stderr)
         if files:
