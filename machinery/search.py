@@ -102,8 +102,9 @@ def identity(pid):
 def living(told):
     """The psutil.Process that `identity` told of; None if it has ended."""
     with suppress(psutil.NoSuchProcess, TypeError):  # TypeError: nothing was told
-        if abs(identity(told[0])[1] - told[1]) < 1:
-            return psutil.Process(told[0])
+        process = psutil.Process(told[0])
+        if abs(process.create_time() - told[1]) < 1 and process.status() != psutil.STATUS_ZOMBIE:
+            return process
     return None
 
 

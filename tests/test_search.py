@@ -20,7 +20,7 @@ from sqlalchemy.exc import OperationalError
 
 import sweep
 from machinery.config import ConfigError, load_config
-from machinery.search import STEPS, Attempt, Search, SearchError, distribution
+from machinery.search import STEPS, Attempt, Search, SearchError, distribution, identity, living
 from machinery.search_report import draw_search
 from plot import NEEDED
 from runs import CONFIG, ROOT, TINY, rows, wait, wait_for_rows, without_speed
@@ -200,6 +200,21 @@ def test_trouble_with_the_database_leaves_no_run_behind(search, tmp_path, capsys
         found.run(jobs_of, 2, NO_PARENT, SimpleNamespace(received=None))
     assert [job.started[0].returncode for job in jobs] == [-signal.SIGTERM] * 2
     assert capsys.readouterr().err.count("database is locked") == 2
+
+
+def test_a_process_that_ended_lives_no_more_even_if_nobody_asked_how():
+    process = subprocess.Popen(["sleep", "60"])
+    told = identity(process.pid)
+    assert living(told).pid == process.pid
+    process.kill()
+    until = time.monotonic() + 60
+    while living(told) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE
+    assert living(told) is None
+    process.wait()
+    assert living(told) is None
+    assert living(None) is None
 
 
 def test_a_stopped_or_killed_search_goes_on_with_its_trials(search, tmp_path):
