@@ -60,10 +60,12 @@ def rng_state(device):
 
 def set_rng_state(device, states):
     """Put back what rng_state gave; states of another kind of device are left alone."""
-    for state in states:
+    for own, state in zip(rng_state(device), states, strict=False):
+        if own.shape != state.shape:
+            continue
         if device.type == "mps":
             torch.mps.set_rng_state(state)
-        if device.type == "cuda":
+        else:
             torch.cuda.set_rng_state(state, device)
 
 

@@ -13,12 +13,13 @@ from pathlib import Path
 import mlflow
 import psutil
 import pytest
+import torch
 from test_distributed import SETTINGS, torchrun
 
 import train
 from machinery.checkpoint import load_checkpoint, load_policy
 from machinery.config import ConfigError, load_config
-from machinery.device import cores_for, cpu_quota
+from machinery.device import cores_for, cpu_quota, set_rng_state
 from machinery.processes import SINGLE_PROCESS, Processes
 from machinery.run_folder import start_run
 from machinery.tracking import Tracker, TrackingError, lost_artifacts, with_store
@@ -410,6 +411,18 @@ def test_on_windows_one_line_says_what_to_do(script, tmp_path):
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line == "Windows lacks some of what this program needs; it runs in the Windows Subsystem for Linux (WSL)"
+
+
+def test_random_numbers_of_another_kind_of_gpu_are_left_alone(monkeypatch):
+    put_back = []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(16, dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: put_back.append(state))
+    own, of_a_mac = torch.ones(16, dtype=torch.uint8), torch.ones(44, dtype=torch.uint8)
+    set_rng_state(torch.device("cuda"), [of_a_mac])
+    set_rng_state(torch.device("cpu"), [own])
+    assert not put_back
+    set_rng_state(torch.device("cuda"), [own])
+    assert put_back == [own]
 
 
 def test_a_gpu_that_torch_does_not_have_is_one_line(tmp_path):
