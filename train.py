@@ -288,6 +288,7 @@ class Trainer:
         """state: a checkpoint, as machinery.run_folder.resume_run gives it, to go on from."""
         self.config, self.processes, env, seed = config, processes, config.env, config.run.seed
         self.device, self.gauge, self.autocast = open_device(config.run, processes)
+        torch.set_num_threads(self.gauge.num_threads)
         torch.manual_seed(seed)
         self.generator = torch.Generator().manual_seed(processes.seed(seed))  # for shuffles, and play before training
         self.policy = build_policy(config)
@@ -330,7 +331,7 @@ class Trainer:
                 actions = torch.randint(spaces.num_actions, shape, generator=self.generator)
             self.frames = torch.from_numpy(self.envs.step(actions.numpy())[0])
             if decision % apart == apart - 1:
-                frames.append(self.frames.clone())
+                frames.append(self.frames[:32].clone())  # so many environments show enough
         self.policy.calibrate(torch.cat(frames).to(self.device))
 
     def iterate(self):
