@@ -24,7 +24,8 @@ from task import SOLVED
 STUDY = Path(__file__).parent.parent / "results" / "study"
 PAGE = f"""# Seeds and pieces
 
-This page compares trainings of the CNN: with several seeds, and with pieces left out. The runs are in this folder, and the last table lists them all.
+This page compares trainings of the CNN: with several seeds, and with pieces left out. The runs are in this folder, and
+the last table lists them all.
 
 ## The worth of each piece
 
@@ -43,7 +44,8 @@ resolution, 75x50, without a mirror. The yardstick is trained by
 `python benchmarks/yardstick.py --config configs/cnn.yaml run.seed=SEED`.
 
 - **The glimpse** is worth the most to a network that flattens its last map. Without it, without the mirror and at half
-  the resolution, the mean return never reaches {SOLVED}. With glimpses cut along whole pixels, learning takes more frames and ends lower.
+  the resolution, the mean return never reaches {SOLVED}. With glimpses cut along whole pixels, learning takes more
+  frames and ends lower.
 - **The mirror** is worth some frames and a few points, as far as two seeds can tell.
 - **The late stage** makes learning faster. Seeds 1 and 2 were at 240 after 0.57 and 0.67 million frames with it, and
   after 0.78 and 1.02 million without it. Their final scores were as good without it, so a longer training can leave it
