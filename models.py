@@ -353,6 +353,12 @@ class Policy(nn.Module):
             return PolicyOutput(Categorical(actor), value)
 
 
+def unmirrored(places, mirrored):
+    """Places (B, 2 * K), seen in the mirror where `mirrored`, bool (B,) -> in the pictures themselves (B, K, 2)."""
+    places = places.unflatten(1, (-1, 2))
+    return torch.where(mirrored[:, None, None], places * places.new_tensor([-1.0, 1.0]), places)
+
+
 class CNN(Policy):
     """Three convolutions over the stacked pictures, and where they were cut out; one hidden layer for both heads."""
 
@@ -393,7 +399,8 @@ class CNN(Policy):
     def attended(self, frame_store, frame_ids):
         if not self.attends:
             return None
-        return self.pool(self.maps(frame_store, frame_ids))[:, -2 * PLACES :].unflatten(1, (PLACES, 2))
+        mirrored = self.mirrored(frame_store, frame_ids)
+        return unmirrored(self.pool(self.maps(frame_store, frame_ids, mirrored))[:, -2 * PLACES :], mirrored)
 
     def both_views(self, frame_store, frame_ids):
         """With model.pooling=attention the convolutions see one view, if that of the other follows from it."""
@@ -475,7 +482,8 @@ class Temporal(Policy):
     def attended(self, frame_store, frame_ids):
         if not self.attends:
             return None
-        return self.embed(frame_store, 2 * frame_ids)[:, -1, -2 * PLACES :].unflatten(1, (PLACES, 2))
+        mirrored = self.mirrored(frame_store, frame_ids)
+        return unmirrored(self.embed(frame_store, 2 * frame_ids + mirrored[:, None])[:, -1, -2 * PLACES :], mirrored)
 
     def attend(self, maps):
         """With model.pooling=attention the encoder's last step: (V, C, h, w) -> (V, width + 2 * PLACES)."""

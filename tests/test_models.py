@@ -234,6 +234,19 @@ def test_mirrored_glimpses_give_mirrored_actions(name, options, frames):
     assert (logits[:, 1] != logits[:, 3]).all()
 
 
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_places_attended_to_are_those_of_the_picture_also_if_it_is_seen_in_the_mirror(name, frames):
+    policy = calibrated(name, frames, pooling="attention").eval()
+    (frame_store, frame_ids), (other, _) = (policy.preprocess_stacks(frames) for _ in range(2))
+    other["pictures"] = other["pictures"].flip(3)
+    other["positions"] = other["positions"] * torch.tensor([-1.0, 1.0])
+    with torch.no_grad():
+        there, turned = policy.attended(frame_store, frame_ids), policy.attended(other, frame_ids)
+    assert there.shape == (len(frames), PLACES, 2)
+    assert policy.mirrored(frame_store, frame_ids).float().mean() not in (0, 1)
+    torch.testing.assert_close(turned * torch.tensor([-1.0, 1.0]), there, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("options", [{}, ATTENTION], ids=["eye", "attention"])
 @pytest.mark.parametrize("name", POLICIES)
 def test_frames_shared_by_stacks_give_what_separate_stacks_give(name, options, frames):
