@@ -116,6 +116,8 @@ def resume_run(path, overrides, lock, processes=1):
     for file in newer:
         file.rename(f"{file}.aside")
         print(f"{file} is newer than what this run goes on from; it is put aside as {file.name}.aside")
+    if newer and overrides:  # another branch: what MLflow has of the one that is left stays a run of its own
+        state["run_id"] = None
     if not trained_frames(policy):  # put aside, lost or damaged
         counters["best"] = None  # the best of what comes is chosen anew
     there = Metrics(folder / "metrics.csv").drop_after(counters["env_frames"])

@@ -101,6 +101,15 @@ def test_who_goes_back_keeps_what_came_after(run):
     assert (run / "checkpoints" / "policy.safetensors.aside").exists()
 
 
+@pytest.mark.parametrize(("frames", "overrides", "kept"), [
+    (100, ["ppo.total_frames=900"], False), (100, [], True), (300, ["ppo.total_frames=900"], True)])
+def test_who_goes_back_with_other_settings_begins_another_run_in_mlflow(frames, overrides, kept, run):
+    """With the same settings the same comes again, and MLflow has some of it."""
+    file = run / "checkpoints" / f"{frames:012d}.ckpt"
+    save_checkpoint(file, load_checkpoint(file) | {"run_id": "its own"})
+    assert resume(file, *overrides)[2]["run_id"] == ("its own" if kept else None)
+
+
 @pytest.mark.parametrize("damage", [lambda best: best.unlink(), lambda best: best.write_bytes(b"half a fi")])
 def test_a_run_whose_best_policy_is_lost_chooses_the_best_anew(damage, run):
     config = load_config(None, ["ppo.total_frames=300"])
