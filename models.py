@@ -42,8 +42,7 @@ from layers import (
 )
 
 LOG_STD = -0.5  # of continuous actions at the start: a deviation of 0.6, where actions lie between -1 and 1
-# A learned eye goes on learning: from so many stacks of each minibatch, with this weight of its loss, at this rate.
-EYE_STACKS, EYE_COEF, EYE_LEARNING_RATE = 2, 0.1, 0.004
+EYE_STACKS, EYE_COEF = 2, 0.1  # a learned eye goes on learning: from so many stacks of each minibatch, so weighted
 STAGES = ("layer1", "layer2", "layer3", "layer4")  # of a ResNet
 
 
@@ -201,6 +200,7 @@ class Policy(nn.Module):
         name: str = Field(description="which policy: a name in POLICIES")
         eye: Literal["colour", "learned", "none"] = Field(
             "colour", description="finds what moves by its colour, or by a look that it learns; none: whole frames")
+        eye_learning_rate: float = Field(0.004, gt=0, le=1, description="a learned eye's, times ppo.learning_rate")
         glimpse: int = Field(32, ge=16, description="side in pixels of the cut-out around what moves")
         glimpses: int = Field(1, ge=1, le=16, description="how many things that move the learned eye looks at")
         subpixel: bool = Field(True, description="cut out exactly around the spot, between pixels; false: whole pixels")
@@ -253,7 +253,7 @@ class Policy(nn.Module):
 
     def parts_of_other_rate(self):
         """[(module, factor)]: what learns with another rate than ppo.learning_rate."""
-        return [(self.eye, EYE_LEARNING_RATE)] if self.options.eye == "learned" else []
+        return [(self.eye, self.options.eye_learning_rate)] if self.options.eye == "learned" else []
 
     def parameter_groups(self):
         """Groups for the optimizer; lr_scale multiplies the learning rate."""
