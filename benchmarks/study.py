@@ -63,7 +63,7 @@ setting:
 
 - **Where to look** need not be told. An eye that learns it is worth as much as one that knows the colour, and attention
   over whole frames learns to land as soon. What an eye saves is arithmetic.
-- **That left mirrors right** is worth a tenth to a fifth of the frames with an eye, and more than half of them
+- **That left mirrors right** is worth a tenth to a quarter of the frames with an eye, and more than half of them
   without one.
 - **That a lander looks the same everywhere** is worth the most. A network that flattens its last map has to learn each
   place by itself. It stood at 91 and 3 after 1.5 million frames ("no glimpse"). With attention in place of flattening,
