@@ -206,7 +206,7 @@ def test_a_learned_eye_goes_on_learning_and_still_frames_teach_it_nothing(frames
 @pytest.mark.parametrize("greedy", [False, True])
 @pytest.mark.parametrize("name", ["cnn_learned_eye", "cnn_learned_eye_gray"])
 def test_a_shipped_eye_finds_the_lander_in_frames_that_it_never_saw(name, greedy):
-    """Within three pixels of where the renderer drew its middle in 95% of the frames with it, within two in 90%."""
+    """Within two pixels of where the renderer drew its middle, in 95% of the frames with it."""
     policy, config, _ = load_policy(ROOT / "results" / name)
     lander, rng = make_env(**config.env.settings()), np.random.default_rng(0)
     planes, factor, errors = policy.spaces.planes, config.env.shrink_factor, []
@@ -222,5 +222,4 @@ def test_a_shipped_eye_finds_the_lander_in_frames_that_it_never_saw(name, greedy
             frames, _, *ends = lander.step(action if greedy else int(rng.integers(4)))
             frames, ended = torch.from_numpy(frames.copy())[None], any(ends)
     assert len(errors) > 100
-    assert np.mean(np.array(errors) < 3) >= 0.95
-    assert np.mean(np.array(errors) < 2) >= 0.9
+    assert np.mean(np.array(errors) < 2) >= 0.95
