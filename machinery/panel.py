@@ -115,7 +115,8 @@ class Panel:
             bottom = attention_top + ATTENTION_HEIGHT
         self.height = -(-(bottom + GAP) // 16) * 16
 
-        self.figure = Figure((WIDTH / DPI, self.height / DPI), dpi=DPI, facecolor=BACKGROUND)
+        inches = (WIDTH + 0.1) / DPI, (self.height + 0.1) / DPI  # whole pixels, also if the product is cut off
+        self.figure = Figure(inches, dpi=DPI, facecolor=BACKGROUND)
         self.canvas, self.moving = FigureCanvasAgg(self.figure), []  # what changes from decision to decision
         self._write(MARGIN, FRAME_TOP - 12, title, size=11)
         self.clock = self._write(MARGIN + FRAME_WIDTH, FRAME_TOP - 12, ha="right")

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NoAnswer  # the built-in one since Python 3.11
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -181,7 +182,7 @@ def connect(settings, folder):
     threading.Thread(target=work, daemon=True).start()  # a daemon: one that hangs does not keep the process alive
     try:
         return answer.result(TIMEOUT)
-    except TimeoutError as error:
+    except NoAnswer as error:
         if answer.done():  # an error of the store itself
             raise store_error(settings, error) from error
         raise store_error(settings, f"no answer within {TIMEOUT} s") from None
