@@ -18,6 +18,7 @@ import socket
 import sys
 import tempfile
 import threading
+import traceback
 from contextlib import contextmanager, suppress
 from functools import wraps
 from multiprocessing import resource_tracker
@@ -81,7 +82,10 @@ class Workers(AsyncVectorEnv):
         except AlreadyPendingCallError:  # a step was interrupted, and its answers would pass for the next one's
             raise
         except Exception as error:
-            raise WorkerError(self.cause(error, timeout)) from error
+            cause = self.cause(error, timeout)
+            # They hold bytes on their way to a worker, on which the garbage collector of Python 3.12.1 would crash.
+            traceback.clear_frames(error.__traceback__)
+            raise WorkerError(cause) from error
 
     def cause(self, error, timeout):
         """Which worker is to blame for `error`, and how."""
