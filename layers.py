@@ -66,6 +66,12 @@ def mirror_image(maps):
     return maps.roll(maps.shape[1] // 2, 1).flip(3)
 
 
+def swap_sides(places, mirrored):
+    """Places (B, ..., 2), x and y from the middle, with left and right swapped where `mirrored`, bool (B,)."""
+    x, y = places.unbind(-1)
+    return torch.stack([torch.where(mirrored.view(-1, *[1] * (x.ndim - 1)), -x, x), y], -1)
+
+
 class ChangeConv(nn.Conv2d):
     """A convolution over S stacked frames that sees the newest one, and what changed from each frame to the next.
 

@@ -37,6 +37,7 @@ from layers import (
     convolve_changes,
     mirror_image,
     orthogonal,
+    swap_sides,
     take,
     transformer,
 )
@@ -322,6 +323,12 @@ class Policy(nn.Module):
 
     def attended(self, frame_store, frame_ids):
         """Where model.pooling=attention looks in the newest picture, x and y in -1..1: (B, PLACES, 2); or None."""
+        mirrored = self.mirrored(frame_store, frame_ids)
+        places = self.newest_places(frame_store, frame_ids, mirrored) if self.attends else None
+        return None if places is None else swap_sides(places.unflatten(1, (PLACES, 2)), mirrored)
+
+    def newest_places(self, frame_store, frame_ids, mirrored):
+        """As `attended`, in the picture that `features` sees: (B, 2 * PLACES); None of a policy that never looks so."""
 
     def places(self, frame_store, frame_ids, mirrored):
         """(places, changes) of K glimpses, both float32 (B, S, 2 * K): x and y, and their change since the last frame.
@@ -329,8 +336,7 @@ class Policy(nn.Module):
         Scaled to about unit deviation: one decision moves the lander by a hundredth of the picture.
         """
         positions = frame_store["positions"][frame_ids].unflatten(2, (-1, 2))
-        x = torch.where(mirrored[:, None, None], -positions[..., 0], positions[..., 0])
-        positions = torch.stack([x, positions[..., 1]], -1).flatten(2)
+        positions = swap_sides(positions, mirrored).flatten(2)
         return 3 * positions, 60 * F.pad(positions.diff(dim=1), (0, 0, 1, 0))
 
     def decide(self, inputs, mirrored):
@@ -351,12 +357,6 @@ class Policy(nn.Module):
             if self.spaces.continuous:
                 return PolicyOutput(DiagonalGaussian(actor, self.log_std), value)
             return PolicyOutput(Categorical(actor), value)
-
-
-def unmirrored(places, mirrored):
-    """Places (B, 2 * K), seen in the mirror where `mirrored`, bool (B,) -> in the pictures themselves (B, K, 2)."""
-    places = places.unflatten(1, (-1, 2))
-    return torch.where(mirrored[:, None, None], places * places.new_tensor([-1.0, 1.0]), places)
 
 
 class CNN(Policy):
@@ -396,11 +396,8 @@ class CNN(Policy):
         places, changes = self.places(frame_store, frame_ids, mirrored)
         return torch.cat([what, places[:, -1], changes[:, 1:].flatten(1)], 1)  # where the newest is, all changes
 
-    def attended(self, frame_store, frame_ids):
-        if not self.attends:
-            return None
-        mirrored = self.mirrored(frame_store, frame_ids)
-        return unmirrored(self.pool(self.maps(frame_store, frame_ids, mirrored))[:, -2 * PLACES :], mirrored)
+    def newest_places(self, frame_store, frame_ids, mirrored):
+        return self.pool(self.maps(frame_store, frame_ids, mirrored))[:, -2 * PLACES :]
 
     def both_views(self, frame_store, frame_ids):
         """With model.pooling=attention the convolutions see one view, if that of the other follows from it."""
@@ -479,11 +476,8 @@ class Temporal(Policy):
         steps = steps + self.place(places) + self.time[-frame_ids.shape[1] :]  # (B, S, width)
         return self.over_time(steps)[:, -1]
 
-    def attended(self, frame_store, frame_ids):
-        if not self.attends:
-            return None
-        mirrored = self.mirrored(frame_store, frame_ids)
-        return unmirrored(self.embed(frame_store, 2 * frame_ids + mirrored[:, None])[:, -1, -2 * PLACES :], mirrored)
+    def newest_places(self, frame_store, frame_ids, mirrored):
+        return self.embed(frame_store, 2 * frame_ids + mirrored[:, None])[:, -1, -2 * PLACES :]
 
     def attend(self, maps):
         """With model.pooling=attention the encoder's last step: (V, C, h, w) -> (V, width + 2 * PLACES)."""
