@@ -284,7 +284,6 @@ class Tracker:
         self.metrics = Metrics(self.folder / "metrics.csv", self.queue)
         self._tell_differences()
         self.client, self.run_id, self.sender, self.told = None, run_id, None, set()
-        self.complete = True  # MLflow has all that it was sent
         self.keeps_files = False  # whether MLflow gets the run's files
         if self.settings.mlflow:
             self._start_mlflow()
@@ -396,6 +395,11 @@ class Tracker:
             if self.settings.register:
                 jobs.append(("registry", register, config, frames, reports[0]["return_mean"]))
 
+    @property
+    def complete(self):
+        """Whether MLflow has all that it was sent."""
+        return not self.sender or not any(self.sender.left())
+
     def _try(self, what, call, *args):
         """Trouble with records never costs training: it is told once of each."""
         try:
@@ -415,7 +419,6 @@ class Tracker:
         if not self.client:
             return
         updates, files, models = self.sender.close()
-        self.complete = not (updates or files or models)
         if updates:
             print(f"MLflow lacks the last {updates} updates; {self.metrics.path} has them", file=sys.stderr)
         if files:
