@@ -205,12 +205,20 @@ class Policy(nn.Module):
         glimpse: int = Field(32, ge=16, description="side in pixels of the cut-out around what moves")
         glimpses: int = Field(1, ge=1, le=16, description="how many things that move the learned eye looks at")
         subpixel: bool = Field(True, description="cut out exactly around the spot, between pixels; false: whole pixels")
+        tilt: bool = Field(False, description="the eye also says how what moves lies: its tilt")
         mirror: bool = Field(
             True, description="treat a lander on the left as one on the right seen in a mirror; without an eye, take "
             "the mean of what both views say")
         pooling: Literal["flatten", "attention"] = Field(
             "flatten", description="of the last map the policy takes all, or what is at some places that it looks for")
         features: int = Field(256, ge=1, le=10**10, description="units of the hidden layer before the two heads")
+
+        @field_validator("tilt")
+        @classmethod
+        def _of_an_eye(cls, value, info):
+            if value and info.data.get("eye") == "none":
+                raise ValueError("must be false without an eye: model.eye=none")
+            return value
 
         @model_validator(mode="before")
         @classmethod
@@ -231,10 +239,11 @@ class Policy(nn.Module):
         if has_eye:
             more = {"mirror": options.mirror} if options.eye == "learned" else {}
             more |= {"glimpses": options.glimpses} if options.glimpses > 1 else {}
-            self.eye = EYES[options.eye](spaces.planes, options.glimpse, options.subpixel, **more)
+            self.eye = EYES[options.eye](spaces.planes, options.glimpse, options.subpixel, options.tilt, **more)
             self.picture_size = (options.glimpses * options.glimpse, options.glimpse)  # one below the other
         else:
             self.eye, self.picture_size = None, (spaces.height, spaces.width)
+        self.num_measures = options.glimpses * (2 + options.tilt)  # numbers that the eye says of a frame
 
     def make_heads(self, inputs):
         features = self.options.features
@@ -267,12 +276,13 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def preprocess(self, frames):
-        """Single frames, uint8 (B, planes, H, W) -> {"pictures": uint8 (B, planes, h, w), "positions": (B, 2 * K)}.
+        """Single frames, uint8 (B, planes, H, W) -> {"pictures": uint8 (B, planes, h, w), "positions": (B, M)}.
 
-        K is the number of glimpses. A learned eye needs the whole frames, too, to go on learning from.
+        Positions are the M = num_measures numbers that the eye says. A learned eye needs the whole frames, too, to go
+        on learning from.
         """
         if self.eye is None:
-            nowhere = torch.zeros(len(frames), 2 * self.options.glimpses, device=frames.device)
+            nowhere = torch.zeros(len(frames), self.num_measures, device=frames.device)
             return {"pictures": frames, "positions": nowhere}
         pictures, positions = self.eye(frames)
         frame_store = {"pictures": pictures, "positions": positions}
@@ -331,13 +341,17 @@ class Policy(nn.Module):
         """As `attended`, in the picture that `features` sees: (B, 2 * PLACES); None of a policy that never looks so."""
 
     def places(self, frame_store, frame_ids, mirrored):
-        """(places, changes) of K glimpses, both float32 (B, S, 2 * K): x and y, and their change since the last frame.
+        """(places, changes), both float32 (B, S, num_measures): what the eye says, and its change since the last frame.
 
         Scaled to about unit deviation: one decision moves the lander by a hundredth of the picture.
         """
-        positions = frame_store["positions"][frame_ids].unflatten(2, (-1, 2))
-        positions = swap_sides(positions, mirrored).flatten(2)
-        return 3 * positions, 60 * F.pad(positions.diff(dim=1), (0, 0, 1, 0))
+        measures = frame_store["positions"][frame_ids].unflatten(2, (self.options.glimpses, -1))
+        spots, tilts = measures[..., :2], measures[..., 2:]  # the latter is empty without model.tilt
+        spots, tilts = swap_sides(spots, mirrored), torch.where(mirrored[:, None, None, None], -tilts, tilts)
+        turns = (tilts.diff(dim=1) + math.pi / 2).remainder(math.pi) - math.pi / 2  # an axis has no front
+        places = torch.cat([3 * spots, 2 * tilts], 3)
+        changes = F.pad(torch.cat([60 * spots.diff(dim=1), 10 * turns], 3), (0, 0, 0, 0, 1, 0))
+        return places.flatten(2), changes.flatten(2)
 
     def decide(self, inputs, mirrored):
         """inputs (B, I) -> PolicyOutput; in float32, since probabilities are exponentials.
@@ -364,22 +378,23 @@ class CNN(Policy):
 
     class Options(Policy.Options):
         name: Literal["cnn"] = Field("cnn", description="which policy: a name in POLICIES")
+        channels: int = Field(32, ge=1, le=1024, description="of the first convolution; the others have twice as many")
 
     def __init__(self, options, spaces):
         super().__init__(options, spaces)
-        planes = spaces.frame_stack * spaces.planes
+        planes, channels = spaces.frame_stack * spaces.planes, options.channels
         if self.attends:
             self.convs = convolve_changes(spaces.frame_stack, spaces.planes, mirror=self.mirrors_maps)
             self.pool = AttentionPool(64)
             flat = self.pool.outputs
         else:
             self.convs = nn.Sequential(
-                orthogonal(nn.Conv2d(planes, 32, 4, stride=2)), nn.ReLU(),
-                orthogonal(nn.Conv2d(32, 64, 3, stride=2)), nn.ReLU(),
-                orthogonal(nn.Conv2d(64, 64, 3)), nn.ReLU(), nn.Flatten())
+                orthogonal(nn.Conv2d(planes, channels, 4, stride=2)), nn.ReLU(),
+                orthogonal(nn.Conv2d(channels, 2 * channels, 3, stride=2)), nn.ReLU(),
+                orthogonal(nn.Conv2d(2 * channels, 2 * channels, 3)), nn.ReLU(), nn.Flatten())
             flat = self.convs(torch.zeros(1, planes, *self.picture_size)).shape[1]
         self.what = nn.Sequential(orthogonal(nn.Linear(flat, options.features)), nn.ReLU())
-        self.make_heads(options.features + 2 * options.glimpses * spaces.frame_stack)
+        self.make_heads(options.features + self.num_measures * spaces.frame_stack)
 
     def maps(self, frame_store, frame_ids, mirrored=None):
         """What the convolutions make of the stacked pictures, in the mirror where `mirrored`: float (B, ...)."""
@@ -405,7 +420,7 @@ class CNN(Policy):
             return super().both_views(frame_store, frame_ids)
         maps = self.maps(frame_store, frame_ids)
         what = self.what(self.pool(torch.cat([maps, mirror_image(maps)]))).float()
-        return F.pad(what, (0, 2 * self.options.glimpses * self.spaces.frame_stack))  # no places of glimpses
+        return F.pad(what, (0, self.num_measures * self.spaces.frame_stack))  # no places of glimpses
 
 
 class Temporal(Policy):
@@ -433,7 +448,7 @@ class Temporal(Policy):
     def __init__(self, options, spaces):
         super().__init__(options, spaces)
         self.num_places = PLACES if self.attends else 0
-        self.place = nn.Linear(4 * (options.glimpses + self.num_places), options.width)
+        self.place = nn.Linear(2 * self.num_measures + 4 * self.num_places, options.width)
         self.time = nn.Parameter(0.02 * torch.randn(spaces.frame_stack, options.width))  # learned time positions
         self.over_time = transformer(options.width, options.heads, options.layers)
         self.make_heads(options.width)

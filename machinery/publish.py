@@ -131,7 +131,7 @@ def command(config, name):
 
 def priors(config):
     """What a policy knows beforehand: docs/eyes.md says what the words mean."""
-    eye = [] if config.model.eye == "none" else [f"{config.model.eye} eye"]
+    eye = [] if config.model.eye == "none" else [f"{config.model.eye} eye", *["tilt"] * config.model.tilt]
     return ", ".join(eye + ["mirror"] * config.model.mirror) or "none"
 
 

@@ -52,6 +52,34 @@ def test_glimpse_is_cut_from_the_frame_unchanged(frames):
         assert (windows == crop[:, None, None]).flatten(3).all(3).all(0).any()
 
 
+def turned_bar(degrees):
+    """A frame with a bar turned clockwise, as one sees it, from lying flat: uint8 (3, 100, 150)."""
+    canvas = np.zeros((400, 600, 3), np.uint8)
+    corners = cv2.boxPoints(((300, 200), (64, 24), degrees)).round().astype(np.int32)
+    cv2.fillPoly(canvas, [corners], (100, 90, 220))
+    return torch.from_numpy(shrink(canvas, 4, color=True))
+
+
+def test_an_eye_says_how_what_it_looks_at_lies():
+    """The angle of the long axis, within two degrees; with the other sign in a mirror."""
+    angles = list(range(-80, 81, 10))
+    frames = torch.stack([turned_bar(angle) for angle in angles])
+    eye = ColourEye(3, 32, tilt=True)
+    eye.calibrate(torch.cat([frames[:-1], frames[1:]], 1))
+    crops, positions = eye(frames)
+    assert positions.shape == (len(angles), 3)
+    assert positions[:, 2].rad2deg().tolist() == pytest.approx(angles, abs=2)
+    torch.testing.assert_close(eye(frames.flip(3))[1], positions * torch.tensor([-1, 1, -1]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(plain(eye)(frames), (crops, positions[:, :2]))
+
+
+def plain(eye):
+    """The same eye without its sense of tilt."""
+    other = ColourEye(eye.planes, eye.size)
+    other.load_state_dict(eye.state_dict())
+    return other
+
+
 def test_subpixel_glimpse_does_not_shake():
     """A shape that moves by quarters of a pixel looks the same in each glimpse, in the middle, at any place."""
     def picture(x, y):

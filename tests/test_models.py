@@ -216,7 +216,8 @@ def test_the_order_of_older_frames_matters_and_so_do_their_pixels(name, frames):
         assert (policy(*policy.preprocess_stacks(darker)).value - value).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("options", [{}, {"eye": "learned", "glimpses": 2}], ids=["one", "two"])
+@pytest.mark.parametrize(
+    "options", [{}, {"tilt": True}, {"eye": "learned", "glimpses": 2, "tilt": True}], ids=["one", "tilt", "two"])
 @pytest.mark.parametrize("name", POLICIES)
 def test_mirrored_glimpses_give_mirrored_actions(name, options, frames):
     """Left and right engines swap; the value stays."""
@@ -225,7 +226,8 @@ def test_mirrored_glimpses_give_mirrored_actions(name, options, frames):
     frame_store, frame_ids = policy.preprocess_stacks(frames)
     other, _ = policy.preprocess_stacks(frames)
     other["pictures"] = other["pictures"].flip(3)
-    other["positions"] = other["positions"] * torch.tensor([-1.0, 1.0]).repeat(policy.options.glimpses)
+    turned = [-1.0, 1.0, -1.0] if policy.options.tilt else [-1.0, 1.0]
+    other["positions"] = other["positions"] * torch.tensor(turned).repeat(policy.options.glimpses)
     with torch.no_grad():
         logits, value = answer(policy, frame_store, frame_ids)
         mirrored_logits, mirrored_value = answer(policy, other, frame_ids)
