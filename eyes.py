@@ -35,19 +35,17 @@ class Eye(nn.Module):
     With `subpixel` it is cut out exactly around that spot, by bilinear interpolation: two degrees of tilt move the feet
     of a lander by a third of a pixel, which would drown in the jumps of a cut along whole pixels.
 
-    It looks at K things, `glimpses`, if a subclass can tell them apart. With `tilt` it also says how each lies.
-
-    A subclass has `calibrate(stacks)`; `centers(frames)`, roughly the spots, a list of K; `centroid(cutouts)`, the spot
-    in each of its cut-outs, uint8 (B, C, size, size); and `scores(cutouts)`, the log of its attention there but for a
-    constant, float32 (B, size, size). Spots are columns and rows of pixels, float32 (B, 2).
+    It looks at K things, `glimpses`, if a subclass can tell them apart. A subclass has `calibrate(stacks)`;
+    `centers(frames)`, roughly the spots, a list of K; and `centroid(cutouts)`, the spot in each of its cut-outs, uint8
+    (B, C, size, size). All are columns and rows of pixels, float32 (B, 2).
     """
 
     # Random play shows it enough to calibrate in so many pictures of each environment, so many decisions apart.
     pictures, decisions_apart = 20, 1
 
-    def __init__(self, planes, size, subpixel=True, tilt=False, glimpses=1):
+    def __init__(self, planes, size, subpixel=True, glimpses=1):
         super().__init__()
-        self.planes, self.size, self.subpixel, self.tilt, self.glimpses = planes, size, subpixel, tilt, glimpses
+        self.planes, self.size, self.subpixel, self.glimpses = planes, size, subpixel, glimpses
 
     def cut(self, frames, corner, size):
         """The square of each frame whose upper left pixel is at `corner`, int64 (B, 2): uint8 (B, C, size, size)."""
@@ -89,31 +87,14 @@ class Eye(nn.Module):
         """frames uint8 (B, C, H, W) -> (crops, positions) of what it looks at.
 
         crops: uint8 (B, C, K * size, size), K cut-outs, one below the other. positions: float32 (B, 2 * K), x and y of
-        each spot in -1..1; with `tilt` (B, 3 * K), each followed by how it lies.
+        each spot in -1..1.
         """
         height, width = frames.shape[2:]
         spots, corners = self.find(frames)
         with torch.autocast(frames.device.type, enabled=False):
-            crops = [self.between_pixels(frames, corner) for corner in corners.unbind(1)]
+            crops = torch.cat([self.between_pixels(frames, corner) for corner in corners.unbind(1)], 2)
             positions = spots / torch.tensor([(width - 1) / 2, (height - 1) / 2], device=frames.device) - 1
-            if self.tilt:
-                positions = torch.cat([positions, torch.stack([self.tilts(crop) for crop in crops], 1)[..., None]], 2)
-            return torch.cat(crops, 2), positions.flatten(1)
-
-    def tilts(self, crops):
-        """How what it looks at lies in each cut-out: the angle of its long axis in radians, float32 (B,).
-
-        (The principal axes of Hu 1962, "Visual pattern recognition by moment invariants".) It lies between -pi/2 and
-        pi/2, and changes its sign in a mirror. The shape is where the attention is more than a tenth of its highest,
-        once it is made four times less sharp: it shall cover all of a body, while a spot is best where it is surest.
-        """
-        scores = self.scores(crops)
-        shape = (((scores - scores.amax((1, 2), keepdim=True)) / 4).exp() - 0.1).clamp(min=0)
-        shape = shape / shape.sum((1, 2), keepdim=True)
-        x, y = (torch.arange(self.size, device=crops.device) - mean[:, None] for mean in mean_place(shape).unbind(1))
-        xx, yy = (shape.sum(1) * x**2).sum(1), (shape.sum(2) * y**2).sum(1)
-        xy = torch.einsum("byx,bx,by->b", shape, x, y)
-        return torch.atan2(2 * xy, xx - yy) / 2
+            return crops, positions.flatten(1)
 
     def between_pixels(self, frames, corner):
         """As `cut`, of `size`, at a corner between pixels, float32 (B, 2), by bilinear interpolation."""
@@ -133,12 +114,13 @@ def mean_place(attention):
 class ColourEye(Eye):
     """Looks at the colour of what moves: a direction of red, green, blue, found once from frames alone.
 
-    Attention is the softmax of the pixels' scores along that direction.
+    Attention is the softmax of the pixels' scores along that direction. With `tilt` it also says how what it looks at
+    lies: positions are then float32 (B, 3), x, y and the tilt.
     """
 
     def __init__(self, planes, size, subpixel=True, tilt=False, stride=4, sharpness=40.0):
-        super().__init__(planes, size, subpixel, tilt)  # one glimpse: all of a colour is one thing to it
-        self.stride, self.sharpness = stride, sharpness
+        super().__init__(planes, size, subpixel)  # one glimpse: all of a colour is one thing to it
+        self.tilt, self.stride, self.sharpness = tilt, stride, sharpness
         self.register_buffer("direction", torch.zeros(planes))
 
     @torch.no_grad()
@@ -166,7 +148,30 @@ class ColourEye(Eye):
         return mean_place(scores.flatten(1).softmax(1).view_as(scores))
 
     def scores(self, frames):
+        """log of the attention but for a constant, (B, 3, h, w) -> float32 (B, h, w)."""
         return torch.einsum("bchw,c->bhw", frames.float() / 255, self.sharpness * self.direction)
+
+    @torch.no_grad()
+    def forward(self, frames):
+        crops, positions = super().forward(frames)
+        return crops, torch.cat([positions, self.tilts(crops)[:, None]], 1) if self.tilt else positions
+
+    def tilts(self, crops):
+        """The angle of the axis along which it is long, in each cut-out: radians, float32 (B,), clockwise.
+
+        (The principal axes of Hu 1962, "Visual pattern recognition by moment invariants".) It lies between -pi/2 and
+        pi/2, and changes its sign in a mirror. The shape is where the attention is more than a tenth of its highest,
+        once it is made four times less sharp: it shall cover all of a body, while a spot is best where it is surest.
+        """
+        with torch.autocast(crops.device.type, enabled=False):
+            scores = self.scores(crops)
+            shape = (((scores - scores.amax((1, 2), keepdim=True)) / 4).exp() - 0.1).clamp(min=0)
+            shape = shape / shape.sum((1, 2), keepdim=True)
+            span = torch.arange(self.size, device=crops.device)
+            x, y = (span - mean[:, None] for mean in mean_place(shape).unbind(1))
+            xx, yy = (shape.sum(1) * x**2).sum(1), (shape.sum(2) * y**2).sum(1)
+            xy = torch.einsum("byx,bx,by->b", shape, x, y)
+            return torch.atan2(2 * xy, xx - yy) / 2
 
 
 class LearnedEye(Eye):
@@ -193,8 +198,8 @@ class LearnedEye(Eye):
     pictures, decisions_apart = 60, 4  # random play then comes down to the ground, again and again
     inertia_coef, entropy_coef = 2.0, 0.2
 
-    def __init__(self, planes, size, subpixel=True, tilt=False, glimpses=1, mirror=False, channels=16):
-        super().__init__(planes, size, subpixel, tilt, glimpses)
+    def __init__(self, planes, size, subpixel=True, glimpses=1, mirror=False, channels=16):
+        super().__init__(planes, size, subpixel, glimpses)
         self.coarse = nn.Sequential(
             nn.Conv2d(planes, channels, 4, stride=2, padding=1), nn.ReLU(inplace=True),
             nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(channels, 1, 1))
@@ -241,10 +246,7 @@ class LearnedEye(Eye):
                 squares = squares.masked_fill(~free, NOWHERE).flatten(1).log_softmax(1).view_as(squares)
 
     def centroid(self, cutouts):
-        return mean_place(self.scores(cutouts).exp())
-
-    def scores(self, cutouts):
-        return self.attention(self.fine, cutouts)
+        return mean_place(self.attention(self.fine, cutouts).exp())
 
     def loss(self, stacks):
         """The loss on stacks of frames, uint8 (B, S, C, H, W), S >= 3: a scalar."""

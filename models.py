@@ -205,20 +205,13 @@ class Policy(nn.Module):
         glimpse: int = Field(32, ge=16, description="side in pixels of the cut-out around what moves")
         glimpses: int = Field(1, ge=1, le=16, description="how many things that move the learned eye looks at")
         subpixel: bool = Field(True, description="cut out exactly around the spot, between pixels; false: whole pixels")
-        tilt: bool = Field(False, description="the eye also says how what moves lies: its tilt")
+        tilt: bool = Field(False, description="the colour eye also says how what moves lies")
         mirror: bool = Field(
             True, description="treat a lander on the left as one on the right seen in a mirror; without an eye, take "
             "the mean of what both views say")
         pooling: Literal["flatten", "attention"] = Field(
             "flatten", description="of the last map the policy takes all, or what is at some places that it looks for")
         features: int = Field(256, ge=1, le=10**10, description="units of the hidden layer before the two heads")
-
-        @field_validator("tilt")
-        @classmethod
-        def _of_an_eye(cls, value, info):
-            if value and info.data.get("eye") == "none":
-                raise ValueError("must be false without an eye: model.eye=none")
-            return value
 
         @model_validator(mode="before")
         @classmethod
@@ -237,9 +230,9 @@ class Policy(nn.Module):
         # The maps of one view tell those of the other, where both strides of convolve_changes cut both views alike.
         self.mirrors_maps = self.takes_both_views and self.attends and spaces.width % 4 == 2
         if has_eye:
-            more = {"mirror": options.mirror} if options.eye == "learned" else {}
+            more = {"mirror": options.mirror} if options.eye == "learned" else {"tilt": options.tilt}
             more |= {"glimpses": options.glimpses} if options.glimpses > 1 else {}
-            self.eye = EYES[options.eye](spaces.planes, options.glimpse, options.subpixel, options.tilt, **more)
+            self.eye = EYES[options.eye](spaces.planes, options.glimpse, options.subpixel, **more)
             self.picture_size = (options.glimpses * options.glimpse, options.glimpse)  # one below the other
         else:
             self.eye, self.picture_size = None, (spaces.height, spaces.width)

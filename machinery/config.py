@@ -268,6 +268,10 @@ class Config(Strict):
             raise PydanticCustomError(
                 "conflict", f"model.glimpses={glimpses} needs model.eye=learned, which can tell several things apart; "
                 f"model.eye={eye} {'sees the whole picture' if eye == 'none' else 'looks at one'}")
+        if getattr(self.model, "tilt", False) and eye != "colour":
+            raise PydanticCustomError(
+                "conflict", f"model.tilt=true needs model.eye=colour, which sees the whole of a body; model.eye={eye} "
+                f"{'sees the whole picture' if eye == 'none' else 'looks at parts of it'}")
         if eye != "none" and glimpse > side:
             raise PydanticCustomError(
                 "conflict", f"model.glimpse={glimpse} must be between 16 and {side}, the shorter side of a frame "

@@ -154,6 +154,7 @@ def test_actions_reach_the_environment_as_it_counts_them(strange):
     ("model.mirror=true", "model.mirror=true needs to know what each action of"),
     ("env.gravity=-5", "env.gravity is an option of LunarLander-v3"),
     ("model.glimpses=2", "model.glimpses=2 needs model.eye=learned, which can tell several things apart; "),
+    ("model.tilt=true", "model.tilt=true needs model.eye=colour, which sees the whole of a body; model.eye=none sees"),
     ("model.eye=colour", "model.glimpse=32 must be between 16 and 16, the shorter side of a frame (64 / "),
 ])
 def test_what_cannot_be_seen_or_steered_is_refused_in_one_line(options, told, strange):
