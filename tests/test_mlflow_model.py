@@ -93,7 +93,9 @@ def curve(client, run_id, key):
     return [(metric.step, metric.value) for metric in client.get_metric_history(run_id, key)]
 
 
-def test_each_score_of_a_run_is_a_logged_model_and_the_best_is_registered(store, tmp_path):
+def test_each_score_of_a_run_is_a_logged_model_and_the_best_is_registered(store, tmp_path, monkeypatch):
+    # Scores that are about equal are another matter: which of them is kept would hang on this machine's arithmetic.
+    monkeypatch.setattr("machinery.run.is_as_good", lambda returns, best: best is None or returns.mean() > best)
     train.main(["--config", str(CONFIG), *TINY, "evaluation.interval=1000", "run.name=x", "tracking.register=trained"])
     client, _ = store
     version = client.get_model_version_by_alias("trained", "champion")
