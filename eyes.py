@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 NOWHERE = -1e4  # log of an attention of nothing, which a softmax over nothing else still can take
+BRIGHT = 0.3 * 255
+MISSED = 0.3  # the most, in radians, that one comparison corrects a tilt by: of more it tells little
 MOVED = 0.1 * 255  # a pixel changed if any of its planes did by more than a tenth of their range
 
 
@@ -157,21 +159,69 @@ class ColourEye(Eye):
         return crops, torch.cat([positions, self.tilts(crops)[:, None]], 1) if self.tilt else positions
 
     def tilts(self, crops):
-        """The angle of the axis along which it is long, in each cut-out: radians, float32 (B,), clockwise.
+        """How what it looks at lies, in each cut-out: radians, float32 (B,), clockwise, about between -pi/2 and pi/2.
 
-        (The principal axes of Hu 1962, "Visual pattern recognition by moment invariants".) It lies between -pi/2 and
-        pi/2, and changes its sign in a mirror. The shape is where the attention is more than a tenth of its highest,
-        once it is made four times less sharp: it shall cover all of a body, while a spot is best where it is surest.
+        First the axis along which it is long (the principal axes of Hu 1962, "Visual pattern recognition by moment
+        invariants"). The shape is where the attention is more than a tenth of its highest, once it is made four times
+        less sharp: it shall cover all of a body, while a spot is best where it is surest.
+
+        That is right within a thirtieth of a radian, too little to see how fast a lander turns, and wrong where
+        something hides a part of it, as the flags of the pad do. So it is turned upright by most of this angle, and
+        compared with its mirror image, as a body that is its own mirror image allows: half of the turn between them is
+        what was missed. This happens twice, first in a blurred picture, where more is still a small turn. What is
+        bright and not of its colour does not count, nor what is mirrored there. A tilt changes its sign in a mirror,
+        and is 0 where nothing of that colour is seen.
         """
         with torch.autocast(crops.device.type, enabled=False):
             scores = self.scores(crops)
-            shape = (((scores - scores.amax((1, 2), keepdim=True)) / 4).exp() - 0.1).clamp(min=0)
+            highest = scores.amax((1, 2), keepdim=True)
+            shape = (((scores - highest) / 4).exp() - 0.1).clamp(min=0)
             shape = shape / shape.sum((1, 2), keepdim=True)
             span = torch.arange(self.size, device=crops.device)
             x, y = (span - mean[:, None] for mean in mean_place(shape).unbind(1))
             xx, yy = (shape.sum(1) * x**2).sum(1), (shape.sum(2) * y**2).sum(1)
             xy = torch.einsum("byx,bx,by->b", shape, x, y)
-            return torch.atan2(2 * xy, xx - yy) / 2
+            axis = torch.where(highest[:, 0, 0] > 0, torch.atan2(2 * xy, xx - yy) / 2, 0)
+
+            other = (crops.amax(1) > BRIGHT) & (scores < highest / 10)
+            seen = 1 - F.max_pool2d(other[:, None].float(), 3, stride=1, padding=1)  # its edges are a mixture
+            body = F.avg_pool2d(scores[:, None].clamp(min=0), 3, stride=1, padding=1)
+            blurred = F.avg_pool2d(body, 3, stride=1, padding=1)
+            tilts, margin = 0.75 * axis, self.size // 8
+            for picture in (blurred, body):
+                upright = F.pad(torch.cat([picture, seen], 1), [-margin] * 4)
+                upright, seen_there = rotate(upright, -tilts).unbind(1)
+                missed = turn(upright, upright.flip(2), seen_there * seen_there.flip(2)) / 2
+                tilts = tilts - missed.clamp(-MISSED, MISSED)
+            return tilts
+
+
+def rotate(pictures, angles):
+    """Each picture, float32 (B, C, h, w), turned clockwise around its middle, by radians (B,)."""
+    cos, sin, zero = angles.cos(), angles.sin(), torch.zeros_like(angles)
+    matrix = torch.stack([cos, sin, zero, -sin, cos, zero], 1).view(-1, 2, 3)  # where each pixel comes from
+    return F.grid_sample(pictures, F.affine_grid(matrix, pictures.shape, align_corners=False), align_corners=False)
+
+
+def turn(before, after, weights):
+    """By how much what is in the middle of two pictures turned between them, clockwise: radians, float32 (B,).
+
+    before, after, weights: float32 (B, n, n). The small turn and shift that best explain the change, weighted least
+    squares over all pixels, the middle weighted most (Lucas & Kanade 1981, "An iterative image registration
+    technique").
+    """
+    size = after.shape[2]
+    place = torch.arange(size, device=after.device)[1:-1] - (size - 1) / 2
+    y, x = place[:, None], place[None, :]
+    weights = (weights[:, 1:-1, 1:-1] * torch.exp(-(x**2 + y**2) / (2 * (size / 3) ** 2))).flatten(1)
+    mean = (before + after) / 2
+    slope_x = (mean[:, 1:-1, 2:] - mean[:, 1:-1, :-2]) / 2
+    slope_y = (mean[:, 2:, 1:-1] - mean[:, :-2, 1:-1]) / 2
+    change = (after - before)[:, 1:-1, 1:-1].flatten(1)
+    effects = torch.stack([slope_x * y - slope_y * x, -slope_x, -slope_y], 1).flatten(2)  # of a unit of turn and shifts
+    weighted = effects * weights[:, None]
+    normal = weighted @ effects.transpose(1, 2) + 1e-6 * torch.eye(3, device=after.device)  # nothing seen: no turn
+    return torch.linalg.solve(normal, (weighted @ change[:, :, None])[:, :, 0])[:, 0]
 
 
 class LearnedEye(Eye):

@@ -342,6 +342,7 @@ class Policy(nn.Module):
         spots, tilts = measures[..., :2], measures[..., 2:]  # the latter is empty without model.tilt
         spots, tilts = swap_sides(spots, mirrored), torch.where(mirrored[:, None, None, None], -tilts, tilts)
         turns = (tilts.diff(dim=1) + math.pi / 2).remainder(math.pi) - math.pi / 2  # an axis has no front
+        turns = turns.clamp(-0.2, 0.2)  # more is a mistake of the eye, as when the lander leaves the picture
         places = torch.cat([3 * spots, 2 * tilts], 3)
         changes = F.pad(torch.cat([60 * spots.diff(dim=1), 10 * turns], 3), (0, 0, 0, 0, 1, 0))
         return places.flatten(2), changes.flatten(2)
@@ -387,7 +388,12 @@ class CNN(Policy):
                 orthogonal(nn.Conv2d(2 * channels, 2 * channels, 3)), nn.ReLU(), nn.Flatten())
             flat = self.convs(torch.zeros(1, planes, *self.picture_size)).shape[1]
         self.what = nn.Sequential(orthogonal(nn.Linear(flat, options.features)), nn.ReLU())
-        self.make_heads(options.features + self.num_measures * spaces.frame_stack)
+        measures = self.num_measures * spaces.frame_stack
+        self.where = None
+        if options.tilt:  # what a tilt asks for depends on where it is, and how fast: a matter for a layer of its own
+            self.where = nn.Sequential(orthogonal(nn.Linear(measures, options.features)), nn.ReLU())
+            measures = options.features
+        self.make_heads(options.features + measures)
 
     def maps(self, frame_store, frame_ids, mirrored=None):
         """What the convolutions make of the stacked pictures, in the mirror where `mirrored`: float (B, ...)."""
@@ -402,7 +408,8 @@ class CNN(Policy):
         seen = self.maps(frame_store, frame_ids, mirrored if self.options.mirror else None)
         what = self.what(self.pool(seen) if self.attends else seen).float()
         places, changes = self.places(frame_store, frame_ids, mirrored)
-        return torch.cat([what, places[:, -1], changes[:, 1:].flatten(1)], 1)  # where the newest is, all changes
+        measures = torch.cat([places[:, -1], changes[:, 1:].flatten(1)], 1)  # where the newest is, all changes
+        return torch.cat([what, measures if self.where is None else self.where(measures)], 1)
 
     def newest_places(self, frame_store, frame_ids, mirrored):
         return self.pool(self.maps(frame_store, frame_ids, mirrored))[:, -2 * PLACES :]

@@ -1,5 +1,7 @@
 """Eyes: what they look at, and what they cut out there."""
 
+import math
+
 import cv2
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from test_models import SPACES, lander_frames
 
 from camera import shrink
 from envs import make_env
-from eyes import EYES, CalibrationError, ColourEye, LearnedEye
+from eyes import EYES, CalibrationError, ColourEye, LearnedEye, rotate, turn
 from machinery.checkpoint import load_policy
 from machinery.config import load_config
 from models import POLICIES, make_policy
@@ -72,6 +74,24 @@ def test_an_eye_says_how_what_it_looks_at_lies():
     assert positions[:, 2].rad2deg().tolist() == pytest.approx(angles, abs=2)
     torch.testing.assert_close(eye(frames.flip(3))[1], positions * torch.tensor([-1, 1, -1]), atol=1e-4, rtol=0)
     torch.testing.assert_close(plain(eye)(frames), (crops, positions[:, :2]))
+
+
+@pytest.mark.parametrize("degrees", [-6, -2, 0, 3, 8])
+def test_a_small_turn_between_two_pictures_is_measured(degrees):
+    """Also where the body moves by a quarter of a pixel at the same time; a picture of nothing does not turn."""
+    before = cv2.GaussianBlur(np.pad(np.ones((6, 16), np.float32), ((14, 12), (9, 7))), (0, 0), 1.5)
+    move = cv2.getRotationMatrix2D((15.5, 15.5), -degrees, 1)  # counted the other way round there
+    move[:, 2] += 0.25, -0.25
+    after = cv2.warpAffine(before, move, (32, 32), flags=cv2.INTER_CUBIC)
+    before, after = torch.from_numpy(before)[None], torch.from_numpy(after)[None]
+    everywhere = torch.ones(1, 32, 32)
+    assert turn(before, after, everywhere).rad2deg().item() == pytest.approx(degrees, abs=0.5)
+    turned = rotate(before[None], torch.tensor([math.radians(degrees)]))[0]
+    assert turn(before, turned, everywhere).rad2deg().item() == pytest.approx(degrees, abs=0.5)
+    spoilt, seen = turned.clone(), everywhere.clone()
+    spoilt[:, 12:18, 18:22], seen[:, 11:19, 17:23] = 5, 0
+    assert turn(before, spoilt, seen).rad2deg().item() == pytest.approx(degrees, abs=0.8)
+    assert turn(torch.zeros(1, 32, 32), torch.zeros(1, 32, 32), everywhere).item() == 0
 
 
 def plain(eye):
@@ -255,7 +275,7 @@ def test_a_shipped_eye_finds_the_lander_in_frames_that_it_never_saw(name, greedy
 
 
 def test_the_tilt_is_that_of_the_lander(frames):
-    """In the air, within a tenth of a radian in 90% of the frames; clockwise is positive, as rows count downwards."""
+    """In the air, within 0.02 radians in 90% of the frames; clockwise is positive, as rows count downwards."""
     eye = ColourEye(3, 32, tilt=True)
     eye.calibrate(frames)
     lander, rng, errors = make_env(**load_config(None, []).env.settings()), np.random.default_rng(0), []
@@ -269,4 +289,4 @@ def test_the_tilt_is_that_of_the_lander(frames):
             frame, _, *ends = lander.step(int(rng.integers(4)))
             frame, ended = frame[-3:], any(ends)
     assert len(errors) > 100
-    assert np.mean(np.array(errors) < 0.1) >= 0.9
+    assert np.mean(np.array(errors) < 0.02) >= 0.9
