@@ -184,13 +184,14 @@ class ColourEye(Eye):
             axis = torch.where(highest[:, 0, 0] > 0, torch.atan2(2 * xy, xx - yy) / 2, 0)
 
             other = (crops.amax(1) > BRIGHT) & (scores < highest / 10)
-            seen = 1 - F.max_pool2d(other[:, None].float(), 3, stride=1, padding=1)  # its edges are a mixture
-            body = F.avg_pool2d(scores[:, None].clamp(min=0), 3, stride=1, padding=1)
+            margin = self.size // 8
+            pictures = F.pad(torch.stack([scores.clamp(min=0), other.float()], 1), [-margin] * 4)
+            body, other = F.avg_pool2d(pictures, 3, stride=1, padding=1).split(1, dim=1)
+            seen = (other == 0).float()  # nor do the edges of what is in front, which are a mixture
             blurred = F.avg_pool2d(body, 3, stride=1, padding=1)
-            tilts, margin = 0.75 * axis, self.size // 8
+            tilts = 0.75 * axis
             for picture in (blurred, body):
-                upright = F.pad(torch.cat([picture, seen], 1), [-margin] * 4)
-                upright, seen_there = rotate(upright, -tilts).unbind(1)
+                upright, seen_there = rotate(torch.cat([picture, seen], 1), -tilts).unbind(1)
                 missed = turn(upright, upright.flip(2), seen_there * seen_there.flip(2)) / 2
                 tilts = tilts - missed.clamp(-MISSED, MISSED)
             return tilts
