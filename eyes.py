@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 NOWHERE = -1e4  # log of an attention of nothing, which a softmax over nothing else still can take
-BRIGHT = 0.3 * 255
+BRIGHT = 0.3 * 255  # something is there, if any of its planes is above
 MISSED = 0.3  # the most, in radians, that one comparison corrects a tilt by: of more it tells little
 MOVED = 0.1 * 255  # a pixel changed if any of its planes did by more than a tenth of their range
 
@@ -175,26 +175,30 @@ class ColourEye(Eye):
         with torch.autocast(crops.device.type, enabled=False):
             scores = self.scores(crops)
             highest = scores.amax((1, 2), keepdim=True)
-            shape = (((scores - highest) / 4).exp() - 0.1).clamp(min=0)
-            shape = shape / shape.sum((1, 2), keepdim=True)
-            span = torch.arange(self.size, device=crops.device)
-            x, y = (span - mean[:, None] for mean in mean_place(shape).unbind(1))
-            xx, yy = (shape.sum(1) * x**2).sum(1), (shape.sum(2) * y**2).sum(1)
-            xy = torch.einsum("byx,bx,by->b", shape, x, y)
-            axis = torch.where(highest[:, 0, 0] > 0, torch.atan2(2 * xy, xx - yy) / 2, 0)
-
+            axes = long_axis((((scores - highest) / 4).exp() - 0.1).clamp(min=0))
+            tilts = 0.75 * torch.where(highest[:, 0, 0] > 0, axes, 0)
             other = (crops.amax(1) > BRIGHT) & (scores < highest / 10)
             margin = self.size // 8
             pictures = F.pad(torch.stack([scores.clamp(min=0), other.float()], 1), [-margin] * 4)
             body, other = F.avg_pool2d(pictures, 3, stride=1, padding=1).split(1, dim=1)
             seen = (other == 0).float()  # nor do the edges of what is in front, which are a mixture
             blurred = F.avg_pool2d(body, 3, stride=1, padding=1)
-            tilts = 0.75 * axis
             for picture in (blurred, body):
                 upright, seen_there = rotate(torch.cat([picture, seen], 1), -tilts).unbind(1)
                 missed = turn(upright, upright.flip(2), seen_there * seen_there.flip(2)) / 2
                 tilts = tilts - missed.clamp(-MISSED, MISSED)
             return tilts
+
+
+def long_axis(shapes):
+    """The angle of the axis along which each is long, the principal one: float32 (B, h, w) -> (B,), clockwise."""
+    shapes = shapes / shapes.sum((1, 2), keepdim=True)
+    columns, rows = (torch.arange(n, device=shapes.device) for n in (shapes.shape[2], shapes.shape[1]))
+    mean_x, mean_y = mean_place(shapes).unbind(1)
+    x, y = columns - mean_x[:, None], rows - mean_y[:, None]
+    xx, yy = (shapes.sum(1) * x**2).sum(1), (shapes.sum(2) * y**2).sum(1)
+    xy = torch.einsum("byx,bx,by->b", shapes, x, y)
+    return torch.atan2(2 * xy, xx - yy) / 2
 
 
 def rotate(pictures, angles):

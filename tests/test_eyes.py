@@ -11,7 +11,7 @@ from test_models import SPACES, lander_frames
 
 from camera import shrink
 from envs import make_env
-from eyes import EYES, CalibrationError, ColourEye, LearnedEye, rotate, turn
+from eyes import EYES, CalibrationError, ColourEye, LearnedEye, long_axis, rotate, turn
 from machinery.checkpoint import load_policy
 from machinery.config import load_config
 from models import POLICIES, make_policy
@@ -74,6 +74,19 @@ def test_an_eye_says_how_what_it_looks_at_lies():
     assert positions[:, 2].rad2deg().tolist() == pytest.approx(angles, abs=2)
     torch.testing.assert_close(eye(frames.flip(3))[1], positions * torch.tensor([-1, 1, -1]), atol=1e-4, rtol=0)
     torch.testing.assert_close(plain(eye)(frames), (crops, positions[:, :2]))
+
+
+def test_what_hides_a_part_of_it_does_not_change_how_it_lies():
+    """A flag before one end of the bar: within 2.5 degrees, where the long axis of what is left is off by up to 6.9."""
+    angles = list(range(-20, 21, 5))
+    frames = torch.stack([turned_bar(angle) for angle in angles])
+    eye = ColourEye(3, 32, tilt=True)
+    eye.calibrate(torch.cat([frames[:-1], frames[1:]], 1))
+    frames[:, :, 50:56, 78:83] = torch.tensor([204, 204, 0], dtype=torch.uint8)[:, None, None]
+    crops, positions = eye(frames)
+    assert positions[:, 2].rad2deg().tolist() == pytest.approx(angles, abs=2.5)
+    axes = long_axis(eye.scores(crops).clamp(min=0)).rad2deg()
+    assert (axes - torch.tensor(angles)).abs().max() > 6
 
 
 @pytest.mark.parametrize("degrees", [-6, -2, 0, 3, 8])
