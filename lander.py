@@ -56,7 +56,7 @@ class LeanLunarLander(LunarLander):
     """LunarLander-v3 for training: the motion and rewards of gymnasium's own `step`, bit for bit, in half the time.
 
     Box2D does the physics as ever. Only Python around it is spared: checks, small arrays, keyword arguments, and the
-    state vector (which nothing here may see: observations are None). Reported scores never come from this class;
+    state vector (which nothing here may see: observations are None). Scores of evaluate.py never come from this class;
     tests/test_envs.py compares it with the unmodified environment, random numbers and flames included.
     """
 

@@ -5,12 +5,13 @@
     output = policy(frame_store, frame_ids)
     actions = output.distribution.sample()                      # int64 (B,); output.value is float32 (B,)
 
-Each frame is preprocessed once, when it is collected: `preprocess` is the part of a policy that has no trained
-parameters. Its result, a dict of tensors with one row per frame, is the frame store that a rollout keeps. `frame_ids`,
-int64 (B, S), says which rows of the store each decision sees, oldest first. With S = 4 and one lander whose frames
-0, 1, 2, ... are stored in order, the decision on frame 5 has the ids [2, 3, 4, 5] and the next one [3, 4, 5, 6]. So a
-frame that neighbouring decisions share is stored once, and the policies below that encode frames one by one encode it
-once. `forward` is what the update differentiates; where a policy looks is the affair of its eye, in eyes.py.
+Each frame is preprocessed once, when it is collected: `preprocess` is the part of a policy that PPO's loss does not
+train, what its eye makes of a frame. Its result, a dict of tensors with one row per frame, is the frame store that a
+rollout keeps. `frame_ids`, int64 (B, S), says which rows of the store each decision sees, oldest first. With S = 4 and
+one lander whose frames 0, 1, 2, ... are stored in order, the decision on frame 5 has the ids [2, 3, 4, 5] and the next
+one [3, 4, 5, 6]. So a frame that neighbouring decisions share is stored once, and the policies below that encode frames
+one by one encode it once. `forward` is what the update differentiates; where a policy looks is the affair of its eye,
+in eyes.py.
 
 To add a policy, subclass Policy, or Temporal, and name it in POLICIES at the end.
 """

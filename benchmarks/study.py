@@ -62,7 +62,7 @@ What a policy is not told it must discover. The [results table](../../README.md#
 setting:
 
 - **Where to look** need not be told. An eye that learns it is worth as much as one that knows the colour, and attention
-  over whole frames learns to land as soon. What an eye saves is arithmetic.
+  over whole frames needs but a quarter more of them. What an eye saves most is arithmetic.
 - **That left mirrors right** is worth a tenth to a quarter of the frames with an eye, and more than half of them
   without one.
 - **That a lander looks the same everywhere** is worth the most. A network that flattens its last map has to learn each

@@ -1,12 +1,13 @@
 """Keeps a run safe, seen and repeatable. PPO, the policies and the environments are not in here.
 
-config, checkpoint, run, files, signals     a run: its settings, its files, its begin, its end and what comes between
+config, checkpoint, run, run_folder,
+files, errors, signals                      a run: its settings, its files, its begin, its end and what comes between
 processes, device                           many processes that learn as one; GPU, threads, bfloat16, memory
 workers                                     the processes that play: none outlives the trainer, what fails is named
 tracking, terminal, diagnostics             metrics.csv and MLflow; the live line; what curves that go wrong mean
 outbox, mlflow_model, policy_model, flight  what is sent to MLflow: scored policies, the best one to be loaded anywhere
 search, search_report, parent_run           what a sweep tries next, by Optuna; the MLflow run that holds its runs
-video, panel, drawing, publish              landings filmed, with a policy's instruments; pages under results/
+video, panel, watch, drawing, publish       landings filmed or live, with a policy's instruments; pages of results/
 """
 
 import sys

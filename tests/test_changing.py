@@ -34,7 +34,7 @@ def copy(tmp_path):
 @pytest.mark.parametrize("change", DIFFS)
 def test_a_change_applies_and_trains_and_is_as_small_as_told(change, copy, tmp_path):
     diff = DIFFS[change]
-    subprocess.run(["git", "apply", "-C1", "-"], cwd=copy, input=diff, text=True, check=True)
+    subprocess.run(["git", "apply", "-"], cwd=copy, input=diff, text=True, check=True)
     config, column = SHOWS[change]
     done = subprocess.run(
         [sys.executable, copy / "train.py", "--config", copy / "configs" / f"{config}.yaml", "run.name=x", *TINY, *BARE,
