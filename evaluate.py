@@ -221,6 +221,10 @@ def in_weather(config, overrides):
     allowed = tuple(f"env.{key}" for key in (CALM if config.env.id == ENV_ID else ["options"]))
     if refused := [key for key in keys if key not in allowed]:
         raise ConfigError(f"{refused[0]}: a policy is scored as it was trained; only {', '.join(allowed)} may differ")
+    tasks = config.env.task, changed.env.task
+    before, after = ((task.viewport, task.continuous, task.actions) for task in tasks)
+    if after != before:
+        raise ConfigError(f"{', '.join(overrides)}: other frames or actions than those that this policy was made for")
     return changed
 
 

@@ -23,12 +23,14 @@ class PolicyError(Exception):
 
 
 class CalibrationError(PolicyError):
-    """Frames that show nothing to learn to look at."""
+    """Frames that show nothing to learn to look at, because nothing moves in them, or everything."""
 
-    def __init__(self):
+    def __init__(self, what="nothing"):
+        remedy = {
+            "nothing": "a larger env.num_envs or env.frame_skip, or a smaller env.shrink_factor, shows more",
+            "everything": "model.eye=learned can tell more apart, and model.eye=none needs nothing to look at"}[what]
         super().__init__(
-            "nothing moves in the first frames of random play, so there is nothing to learn to look at; a larger "
-            "env.num_envs or env.frame_skip, or a smaller env.shrink_factor, shows more")
+            f"{what} moves in the first frames of random play, so there is nothing to learn to look at; {remedy}")
 
 
 class Eye(nn.Module):
@@ -95,8 +97,13 @@ class Eye(nn.Module):
         spots, corners = self.find(frames)
         with torch.autocast(frames.device.type, enabled=False):
             crops = torch.cat([self.between_pixels(frames, corner) for corner in corners.unbind(1)], 2)
+            spots, more = self.look_closely(crops, spots, corners)
             positions = spots / torch.tensor([(width - 1) / 2, (height - 1) / 2], device=frames.device) - 1
-            return crops, positions.flatten(1)
+            return crops, torch.cat([positions.flatten(1), more], 1)
+
+    def look_closely(self, crops, spots, corners):
+        """(the spots, better known; what else the eye says of each frame): float32 (B, K, 2) and (B, M - 2 * K)."""
+        return spots, spots[:, 0, :0]
 
     def between_pixels(self, frames, corner):
         """As `cut`, of `size`, at a corner between pixels, float32 (B, 2), by bilinear interpolation."""
@@ -116,14 +123,17 @@ def mean_place(attention):
 class ColourEye(Eye):
     """Looks at the colour of what moves: a direction of red, green, blue, found once from frames alone.
 
-    Attention is the softmax of the pixels' scores along that direction. With `tilt` it also says how what it looks at
-    lies: positions are then float32 (B, 3), x, y and the tilt.
+    Attention is the softmax of the pixels' scores along that direction. With `tilt` it also measures how what it looks
+    at lies, and finds its middle more finely: positions are then float32 (B, 3), x, y and the tilt.
     """
 
     def __init__(self, planes, size, subpixel=True, tilt=False, stride=4, sharpness=40.0):
         super().__init__(planes, size, subpixel)  # one glimpse: all of a colour is one thing to it
-        self.tilt, self.stride, self.sharpness = tilt, stride, sharpness
+        self.tilt, self.stride, self.sharpness, self.margin = tilt, stride, sharpness, size // 8
         self.register_buffer("direction", torch.zeros(planes))
+        if tilt:
+            side = size - 2 * self.margin
+            self.register_buffer("look", torch.zeros(1, side, side))  # of an upright body
 
     @torch.no_grad()
     def calibrate(self, stacks):
@@ -131,14 +141,39 @@ class ColourEye(Eye):
 
         stacks: uint8 (B, S * 3, H, W), S frames each, of which the last two count. CalibrationError if nothing moved.
         """
-        before, after = stacks[:, -2 * self.planes :].float().div(255).chunk(2, dim=1)
-        moved = ((after - before).abs().amax(1).flatten() > MOVED / 255).cpu()  # (B * H * W,)
-        pixels = after.permute(0, 2, 3, 1).reshape(-1, self.planes).cpu().double()  # not every GPU has float64
-        if not moved.any():
-            raise CalibrationError
-        covariance = torch.cov(pixels.T) + 1e-4 * torch.eye(self.planes, dtype=torch.float64)
-        direction = torch.linalg.solve(covariance, pixels[moved].mean(0) - pixels.mean(0))
+        sums, products, moving = 0, 0, 0  # of pixels (C,), of their products (C, C), of pixels that changed (C,)
+        num_pixels = num_moving = 0
+        for some in stacks[:, -2 * self.planes :].split(32):  # whole frames of many environments fill the memory
+            before, after = some.float().div(255).chunk(2, dim=1)
+            moved = ((after - before).abs().amax(1).flatten() > MOVED / 255).cpu()  # (b * H * W,)
+            pixels = after.permute(0, 2, 3, 1).reshape(-1, self.planes).cpu().double()  # not every GPU has float64
+            sums, products, moving = sums + pixels.sum(0), products + pixels.T @ pixels, moving + pixels[moved].sum(0)
+            num_pixels, num_moving = num_pixels + len(pixels), num_moving + int(moved.sum())
+        if num_moving in (0, num_pixels):
+            raise CalibrationError("everything" if num_moving else "nothing")
+        mean = sums / num_pixels
+        covariance = (products - num_pixels * mean.outer(mean)) / (num_pixels - 1)
+        covariance += 1e-4 * torch.eye(self.planes, dtype=torch.float64)
+        direction = torch.linalg.solve(covariance, moving / num_moving - mean)
         self.direction.copy_(direction / direction.norm())
+        if self.tilt:
+            self._learn_look(stacks[:, -self.planes :])
+
+    def _learn_look(self, frames):
+        """What the body looks like once it is turned upright: the median of frames in which no edge cuts it off.
+
+        Not the mean, since in some the tilt is wrong, or nothing is seen.
+        """
+        spots, corners = self.find(frames)
+        around = self.from_middle(spots, corners)
+        inside = around.norm(dim=1) < 1
+        crops, around = self.between_pixels(frames, corners[:, 0])[inside], around[inside]
+        self.look.zero_()
+        for _ in range(3 if inside.any() else 0):  # at first the tilt comes from the mirror alone
+            tilts, places = self.lies(crops, around)
+            upright, seen = rotate(self.bodies(crops)[0], -tilts, places).unbind(1)
+            look = upright.masked_fill(seen < 0.5, torch.nan).nanmedian(0).values.nan_to_num(0)
+            self.look.copy_((look + look.flip(1)) / 2)
 
     def centers(self, frames):
         """[roughly the spot, float32 (B, 2)]: every stride-th pixel is enough to find it."""
@@ -153,41 +188,64 @@ class ColourEye(Eye):
         """log of the attention but for a constant, (B, 3, h, w) -> float32 (B, h, w)."""
         return torch.einsum("bchw,c->bhw", frames.float() / 255, self.sharpness * self.direction)
 
-    @torch.no_grad()
-    def forward(self, frames):
-        crops, positions = super().forward(frames)
-        return crops, torch.cat([positions, self.tilts(crops)[:, None]], 1) if self.tilt else positions
+    def look_closely(self, crops, spots, corners):
+        if not self.tilt:
+            return super().look_closely(crops, spots, corners)
+        around = self.from_middle(spots, corners)
+        tilts, places = self.lies(crops, around)
+        return spots + (places - around)[:, None], tilts[:, None]
 
-    def tilts(self, crops):
-        """How what it looks at lies, in each cut-out: radians, float32 (B,), clockwise, about between -pi/2 and pi/2.
+    def from_middle(self, spots, corners):
+        """Columns and rows from the middle of each cut-out to the spot, float32 (B, 2)."""
+        return (spots - corners)[:, 0] - (self.size - 1) / 2
+
+    def lies(self, crops, around):
+        """(tilts, places) of what it looks at, in each cut-out.
+
+        around: float32 (B, 2), columns and rows from the middle of the cut-out to the spot. tilts: radians, float32
+        (B,), clockwise, about between -pi/2 and pi/2, and 0 where nothing of that colour is seen. places: as around, of
+        the middle of the body.
 
         First the axis along which it is long (the principal axes of Hu 1962, "Visual pattern recognition by moment
-        invariants"). The shape is where the attention is more than a tenth of its highest, once it is made four times
-        less sharp: it shall cover all of a body, while a spot is best where it is surest.
-
-        That is right within a thirtieth of a radian, too little to see how fast a lander turns, and wrong where
-        something hides a part of it, as the flags of the pad do. So it is turned upright by most of this angle, and
-        compared with its mirror image, as a body that is its own mirror image allows: half of the turn between them is
-        what was missed. This happens twice, first in a blurred picture, where more is still a small turn. What is
-        bright and not of its colour does not count, nor what is mirrored there. A tilt changes its sign in a mirror,
-        and is 0 where nothing of that colour is seen.
+        invariants"). That is right within a thirtieth of a radian, too little to see how fast a lander turns, and wrong
+        where something hides a part of it, as the flags of the pad do. So it is turned upright by most of this angle,
+        and compared, blurred, with its mirror image, as a body that is its own mirror image allows: half of the turn
+        between them is what was missed, half of the shift how far the spot lies to one side. Then with what the body
+        looks like, found in the first frames. It is sharper, and does not change with flames and flags, which the spot
+        does.
         """
         with torch.autocast(crops.device.type, enabled=False):
-            scores = self.scores(crops)
-            highest = scores.amax((1, 2), keepdim=True)
-            axes = long_axis((((scores - highest) / 4).exp() - 0.1).clamp(min=0))
-            tilts = 0.75 * torch.where(highest[:, 0, 0] > 0, axes, 0)
-            other = (crops.amax(1) > BRIGHT) & (scores < highest / 10)
-            margin = self.size // 8
-            pictures = F.pad(torch.stack([scores.clamp(min=0), other.float()], 1), [-margin] * 4)
-            body, other = F.avg_pool2d(pictures, 3, stride=1, padding=1).split(1, dim=1)
-            seen = (other == 0).float()  # nor do the edges of what is in front, which are a mixture
-            blurred = F.avg_pool2d(body, 3, stride=1, padding=1)
-            for picture in (blurred, body):
-                upright, seen_there = rotate(torch.cat([picture, seen], 1), -tilts).unbind(1)
-                missed = turn(upright, upright.flip(2), seen_there * seen_there.flip(2)) / 2
-                tilts = tilts - missed.clamp(-MISSED, MISSED)
-            return tilts
+            pictures, tilts = self.bodies(crops)
+            blurred = torch.cat([F.avg_pool2d(pictures[:, :1], 3, stride=1, padding=1), pictures[:, 1:]], 1)
+            tilts, places = self.closer(blurred, tilts, around)
+            return self.closer(pictures, tilts, places, self.look if self.look.any() else None)
+
+    def bodies(self, crops):
+        """(pictures, axes): what is of its colour and what can be seen, float32 (B, 2, n, n); radians, float32 (B,).
+
+        What is bright and not of its colour hides it, and where nothing is of it, nothing can be seen. The shape that
+        is long is where the attention is more than a tenth of its highest, once it is made four times less sharp: it
+        shall cover all of a body, while a spot is best where it is surest.
+        """
+        scores = self.scores(crops)
+        highest = scores.amax((1, 2), keepdim=True)
+        axes = long_axis((((scores - highest) / 4).exp() - 0.1).clamp(min=0))
+        other = (crops.amax(1) > BRIGHT) & (scores < highest / 10)
+        pictures = F.pad(torch.stack([scores.clamp(min=0), other.float()], 1), [-self.margin] * 4)
+        body, other = F.avg_pool2d(pictures, 3, stride=1, padding=1).split(1, dim=1)
+        there = highest > 0
+        seen = (other == 0) & there[:, None]  # nor do the edges of what is in front, which are a mixture
+        return torch.cat([body, seen.float()], 1), 0.75 * torch.where(there[:, 0, 0], axes, 0)
+
+    def closer(self, pictures, tilts, places, look=None):
+        """(tilts, places) that explain pictures of `bodies` better: by `look`, (1, n, n), or by its mirror image."""
+        upright, seen = rotate(pictures, -tilts, places).unbind(1)
+        if look is None:
+            turns, shifts = (0.5 * change for change in move(upright.flip(2), upright, seen * seen.flip(2)))
+        else:
+            turns, shifts = move(look.expand_as(upright), upright, seen)
+        cos, sin, (x, y) = tilts.cos(), tilts.sin(), shifts.clamp(-1, 1).unbind(1)
+        return tilts + turns.clamp(-MISSED, MISSED), places + torch.stack([x * cos - y * sin, x * sin + y * cos], 1)
 
 
 def long_axis(shapes):
@@ -201,17 +259,22 @@ def long_axis(shapes):
     return torch.atan2(2 * xy, xx - yy) / 2
 
 
-def rotate(pictures, angles):
-    """Each picture, float32 (B, C, h, w), turned clockwise around its middle, by radians (B,)."""
-    cos, sin, zero = angles.cos(), angles.sin(), torch.zeros_like(angles)
-    matrix = torch.stack([cos, sin, zero, -sin, cos, zero], 1).view(-1, 2, 3)  # where each pixel comes from
+def rotate(pictures, angles, around):
+    """Each picture, float32 (B, C, n, n), turned clockwise by radians (B,), around what then lies in its middle.
+
+    around: float32 (B, 2), columns and rows from the middle.
+    """
+    cos, sin = angles.cos(), angles.sin()
+    x, y = (around * (2 / pictures.shape[2])).unbind(1)
+    matrix = torch.stack([cos, sin, x, -sin, cos, y], 1).view(-1, 2, 3)  # where each pixel comes from
     return F.grid_sample(pictures, F.affine_grid(matrix, pictures.shape, align_corners=False), align_corners=False)
 
 
-def turn(before, after, weights):
-    """By how much what is in the middle of two pictures turned between them, clockwise: radians, float32 (B,).
+def move(before, after, weights):
+    """How what is in the middle of two pictures moved between them: (turns, shifts).
 
-    before, after, weights: float32 (B, n, n). The small turn and shift that best explain the change, weighted least
+    before, after, weights: float32 (B, n, n). turns: radians, float32 (B,), clockwise. shifts: float32 (B, 2), columns
+    and rows; 0 where the pictures do not tell. The small turn and shift that best explain the change, weighted least
     squares over all pixels, the middle weighted most (Lucas & Kanade 1981, "An iterative image registration
     technique").
     """
@@ -226,7 +289,9 @@ def turn(before, after, weights):
     effects = torch.stack([slope_x * y - slope_y * x, -slope_x, -slope_y], 1).flatten(2)  # of a unit of turn and shifts
     weighted = effects * weights[:, None]
     normal = weighted @ effects.transpose(1, 2) + 1e-6 * torch.eye(3, device=after.device)  # nothing seen: no turn
-    return torch.linalg.solve(normal, (weighted @ change[:, :, None])[:, :, 0])[:, 0]
+    solution, failed = torch.linalg.solve_ex(normal, (weighted @ change[:, :, None])[:, :, 0])
+    solution = solution.masked_fill((failed != 0)[:, None], 0).nan_to_num(0, 0, 0)
+    return solution[:, 0], solution[:, 1:]
 
 
 class LearnedEye(Eye):

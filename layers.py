@@ -137,7 +137,8 @@ class AttentionPool(nn.Module):
         height, width = maps.shape[2:]
         with torch.autocast(maps.device.type, enabled=False):  # places are finer than bfloat16 can tell
             where = mean_place(attention.reshape(-1, height, width))
-            where = where / torch.tensor([(width - 1) / 2, (height - 1) / 2], device=maps.device) - 1
+            middle = torch.tensor([(width - 1) / 2, (height - 1) / 2], device=maps.device)  # 0 of a side of one pixel
+            where = where / middle.clamp(min=0.5) - (middle > 0).float()
         return torch.cat([what.flatten(1), where.view(len(maps), -1)], 1)
 
 

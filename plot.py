@@ -191,7 +191,10 @@ def read_grid(path):
     """The dict in a grid.json of evaluate.py --grid."""
     try:
         grid = json.loads(Path(path).read_text())
-        return {key: grid[key] for key in GRID}
+        grid = {key: grid[key] for key in GRID}
+        for key in ("return_mean", "landed_rate"):
+            grid[key] = np.array(grid[key], float).reshape(len(grid["gravity"]), len(grid["wind_power"]))
+        return grid
     except (OSError, ValueError, LookupError, TypeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise PlotError(f"{path}: not what evaluate.py --grid writes ({reason})") from None

@@ -105,6 +105,8 @@ def _look_at(env_id, options):
     except Exception as error:  # somebody else's code raises what it likes
         reason = " ".join(str(error).split()) or type(error).__name__
         raise TaskError(f"cannot be made and rendered: {reason}") from error
+    if spec.id != env_id.rpartition(":")[2]:
+        raise TaskError(f"names no version; the newest is {spec.id}")
     if not (isinstance(frame, np.ndarray) and frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3):
         shown = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
         raise TaskError(f"shows no frames: render() gives {shown}, not uint8 (height, width, 3)")

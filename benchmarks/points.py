@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from gymnasium.envs.box2d.lunar_lander import FPS, LEG_DOWN, SCALE, VIEWPORT_H, VIEWPORT_W
 
-from evaluate import MAX_EPISODES, in_weather
+from evaluate import MAX_EPISODES, in_weather, whole
 from lander import Lander
 from machinery.checkpoint import load_policy
 from machinery.errors import UserError, one_line
@@ -109,8 +109,8 @@ def table(returns, outcomes, accounts):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="runs/NAME, results/NAME or a .safetensors file")
-    parser.add_argument("--episodes", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=EVALUATION_SEED, help="of the first episode")
+    parser.add_argument("--episodes", type=whole(1, 10**6), default=1000)
+    parser.add_argument("--seed", type=whole(0, 2**31 - 1), default=EVALUATION_SEED, help="of the first episode")
     parser.add_argument("overrides", nargs="*", metavar="env.key=value", help="another weather")
     args = parser.parse_intermixed_args(argv)
     with one_line("points.py"):

@@ -22,7 +22,6 @@ from envs import make_vector_env
 from machinery.checkpoint import build_policy
 from machinery.config import ConfigError, load_config
 from machinery.publish import multiply_adds
-from task import ACTIONS
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DECISIONS, LANDERS, MINIBATCH = 64, 32, 256  # a segment's length must divide the first and the last
@@ -30,11 +29,10 @@ DECISIONS, LANDERS, MINIBATCH = 64, 32, 256  # a segment's length must divide th
 
 def random_play(config):
     """Frame stacks of LANDERS landers, uint8 (T, N, K, H, W), in which there are DECISIONS whole stacks of others."""
-    settings = config.env.model_dump() | {"num_envs": LANDERS, "num_workers": 2}
-    envs, rng = make_vector_env(seed=0, **settings), np.random.default_rng(0)
+    envs, rng = make_vector_env(LANDERS, 2, seed=0, **config.env.settings()), np.random.default_rng(0)
     frames = [envs.reset()[0].copy()]
     while len(frames) < DECISIONS + config.env.frame_stack - 1:
-        frames.append(envs.step(rng.integers(len(ACTIONS), size=LANDERS))[0].copy())
+        frames.append(envs.step(rng.integers(len(config.env.task.actions), size=LANDERS))[0].copy())
     envs.close()
     return torch.from_numpy(np.stack(frames))
 
@@ -84,6 +82,9 @@ def main():
     args = parser.parse_args()
     try:
         configs = [(path.stem, load_config(path)) for path in args.configs]
+        for name, config in configs:
+            if config.env.task.continuous:
+                raise ConfigError(f"{name}: continuous actions; this script plays discrete ones")
     except ConfigError as error:
         sys.exit(f"policies.py: {error}")
     threads = torch.get_num_threads()

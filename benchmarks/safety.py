@@ -19,8 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from evaluate import evaluate, play
-from machinery.config import ConfigError, load_config
+from evaluate import evaluate, play, whole
+from machinery.config import load_config
+from machinery.errors import one_line
 from machinery.processes import SINGLE_PROCESS
 from machinery.run import open_run
 from plot import draw_run
@@ -43,13 +44,15 @@ def clocked(seconds, name, function, clock=time.perf_counter):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=Path(__file__).parent.parent / "configs" / "cnn.yaml")
-    parser.add_argument("--updates", type=int, default=30)
+    parser.add_argument("--updates", type=whole(1, 10**6), default=30)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
-    try:
-        config = load_config(args.config, args.overrides)
-    except ConfigError as error:
-        sys.exit(f"safety.py: {error}")
+    with one_line("safety.py"):
+        measure(args)
+
+
+def measure(args):
+    config = load_config(args.config, args.overrides)
     per_update = config.env.num_envs * config.ppo.num_steps * config.env.frame_skip  # frames, at most
     seconds, saving, scoring = Counter(), Counter(), Counter()
     with tempfile.TemporaryDirectory() as name:

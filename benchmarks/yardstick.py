@@ -173,8 +173,10 @@ def main():
     except ConfigError as error:
         sys.exit(f"yardstick.py: {error}")
     folder = Path("runs") / (config.run.name or f"yardstick-s{config.run.seed}")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.csv").unlink(missing_ok=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        sys.exit(f"yardstick.py: {folder}: {error.strerror}; choose another run.name, or delete it")
     save_config(config, folder / "config.yaml")
     (folder / "machine.json").write_text(json.dumps(machine_tags(1), indent=2) + "\n")
     start = time.perf_counter()

@@ -161,7 +161,8 @@ def _digest(tensors, metadata):
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for key in sorted(tensors):
         tensor = tensors[key]
-        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode() + tensor.numpy().tobytes())
+        content = tensor.flatten().view(torch.uint8)  # NumPy has no bfloat16
+        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode() + content.numpy().tobytes())
     return digest.hexdigest()
 
 

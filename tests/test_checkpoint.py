@@ -7,6 +7,8 @@ import time
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load, save
 
 from machinery.checkpoint import (
     CheckpointError,
@@ -137,6 +139,12 @@ def test_policy_file_reads_back_and_notices_damage(tmp_path):
             load_policy(file)
     file.write_bytes(good[:50])
     with pytest.raises(CheckpointError, match=r"policy\.safetensors"):
+        load_policy(file)
+    file.write_bytes(good)
+    with safe_open(file, "pt") as whole:
+        metadata = whole.metadata()
+    file.write_bytes(save({key: tensor.bfloat16() for key, tensor in load(good).items()}, metadata))  # NumPy has none
+    with pytest.raises(CheckpointError, match="damaged"):
         load_policy(file)
 
 

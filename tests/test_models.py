@@ -132,6 +132,7 @@ def test_attention_pools_what_is_at_a_place_wherever_it_is():
     moved = where.view(3, PLACES, 2)[:, found]
     torch.testing.assert_close(moved[1] - moved[0], torch.tensor([7 / 7.5, 0.0]).expand_as(moved[0]), atol=0.01, rtol=0)
     torch.testing.assert_close(moved[2] - moved[0], torch.tensor([0.0, 5 / 5.5]).expand_as(moved[0]), atol=0.01, rtol=0)
+    assert (pool(maps[:, :, :1, :1])[:, -2 * PLACES :] == 0).all()  # a map of one place has no other
 
 
 def test_a_convolution_of_changes_is_one_of_their_differences():

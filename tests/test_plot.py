@@ -168,7 +168,12 @@ def test_maps_of_several_policies_stand_one_below_the_other(tmp_path):
     assert red[1] > green[1] + 0.2
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"checkpoint": "x"}', None])
+UNEVEN = json.dumps({
+    "checkpoint": "x", "mode": "greedy", "episodes": 1, "gravity": [-10, -8], "wind_power": [0, 20],
+    "return_mean": [[1, 2], [3]], "landed_rate": [[0, 1], [1, 0]]})
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"checkpoint": "x"}', UNEVEN, UNEVEN.replace("[3]", "3"), None])
 def test_what_is_no_map_is_one_line(content, tmp_path):
     file = tmp_path / "grid.json"
     if content is not None:

@@ -168,6 +168,8 @@ def test_what_cannot_be_seen_or_steered_is_refused_in_one_line(options, told, st
     ("env.id=Nothing-v0", "env.id=Nothing-v0 cannot be made and rendered: Environment `Nothing` doesn't exist"),
     ("env.id=no_such_module:Game-v0", "No module named 'no_such_module'"),
     ("env.id=a:b:c", "env.id=a:b:c cannot be made and rendered"),
+    ("env.id=CartPole", "env.id=CartPole names no version; the newest is CartPole-v1"),
+    ("env.id=LunarLander", "env.id=LunarLander names no version; the newest is LunarLander-v3"),
     ("env.id=", "at least 1 character"),
     ("env.options={gravity: -5}", "env.options: of LunarLander-v3 they are keys of env: continuous, gravity"),
     ("env.options=5", "env.options=5: "),
@@ -253,6 +255,14 @@ def test_a_policy_is_scored_in_its_own_environment_and_weather_is_none_of_it(tmp
                    "env.options={sutton_barto_reward: true}"])
     assert "options  sutton_barto_reward True" in capsys.readouterr().out
     assert json.loads((output / "report.json").read_text())["return_max"] <= 0  # other rewards: -1 for a fall
+
+
+def test_a_policy_is_not_scored_with_options_that_give_other_frames_or_actions(strange):
+    config = load_config(None, [f"env.id={strange}", "model.mirror=false", "model.eye=none"])
+    assert evaluate.in_weather(config, ["env.options={shape: [64, 96, 3]}"]).env.options == {"shape": [64, 96, 3]}
+    for options in ("{shape: [128, 96, 3]}", "{space: half}"):
+        with pytest.raises(ConfigError, match="other frames or actions than those that this policy was made for"):
+            evaluate.in_weather(config, [f"env.options={options}"])
 
 
 @pytest.mark.parametrize("env_id", ["Acrobot-v1", "Pendulum-v1", "MountainCar-v0"])
