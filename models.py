@@ -206,7 +206,7 @@ class Policy(nn.Module):
         glimpse: int = Field(32, ge=16, description="side in pixels of the cut-out around what moves")
         glimpses: int = Field(1, ge=1, le=16, description="how many things that move the learned eye looks at")
         subpixel: bool = Field(True, description="cut out exactly around the spot, between pixels; false: whole pixels")
-        tilt: bool = Field(False, description="the colour eye also says how what moves lies, and where it is more finely")
+        tilt: bool = Field(False, description="the colour eye also says how what moves lies, and its spot is finer")
         mirror: bool = Field(
             True, description="treat a lander on the left as one on the right seen in a mirror; without an eye, take "
             "the mean of what both views say")
