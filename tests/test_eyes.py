@@ -337,8 +337,7 @@ def test_with_a_tilt_the_lander_is_seen_to_move_more_finely():
 
     The median error is 0.04 pixels or less, and three quarters or less of what it is without.
     """
-    policy, config, _ = load_policy(ROOT / "results" / "cnn")
-    config = load_config(None, ["model.tilt=true"])
+    policy, config = load_policy(ROOT / "results" / "cnn")[0], load_config(None, ["model.tilt=true"])
     eye, lander = build_policy(config).eye, make_env(**config.env.settings())
     eye.calibrate(random_stacks(config))
     errors, pixels = [], torch.tensor([149 / 2, 99 / 2])
