@@ -15,6 +15,7 @@ from torch.nn import functional as F
 NOWHERE = -1e4  # log of an attention of nothing, which a softmax over nothing else still can take
 BRIGHT = 0.3 * 255  # something is there, if any of its planes is above
 MISSED = 0.3  # the most, in radians, that one comparison corrects a tilt by: of more it tells little
+SEEN = 1 / 3  # a body is seen, if so much of it is: of less, at an edge, one cannot tell where it is
 MOVED = 0.1 * 255  # a pixel changed if any of its planes did by more than a tenth of their range
 
 
@@ -124,7 +125,8 @@ class ColourEye(Eye):
     """Looks at the colour of what moves: a direction of red, green, blue, found once from frames alone.
 
     Attention is the softmax of the pixels' scores along that direction. With `tilt` it also measures how what it looks
-    at lies, and finds its middle more finely: positions are then float32 (B, 3), x, y and the tilt.
+    at lies, finds its middle more finely, and knows whether it sees it: positions are then float32 (B, 4), x, y, the
+    tilt, and 1 or 0.
     """
 
     def __init__(self, planes, size, subpixel=True, tilt=False, stride=4, sharpness=40.0):
@@ -193,7 +195,11 @@ class ColourEye(Eye):
             return super().look_closely(crops, spots, corners)
         around = self.from_middle(spots, corners)
         tilts, places = self.lies(crops, around)
-        return spots + (places - around)[:, None], tilts[:, None]
+        return spots + (places - around)[:, None], torch.stack([tilts, self.sees(crops)], 1)
+
+    def sees(self, crops):
+        """1 where enough of what it looks at is in the cut-out, else 0: float32 (B,)."""
+        return (self.scores(crops).clamp(min=0).sum((1, 2)) > SEEN * self.look.sum()).float()
 
     def from_middle(self, spots, corners):
         """Columns and rows from the middle of each cut-out to the spot, float32 (B, 2)."""

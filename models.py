@@ -206,7 +206,8 @@ class Policy(nn.Module):
         glimpse: int = Field(32, ge=16, description="side in pixels of the cut-out around what moves")
         glimpses: int = Field(1, ge=1, le=16, description="how many things that move the learned eye looks at")
         subpixel: bool = Field(True, description="cut out exactly around the spot, between pixels; false: whole pixels")
-        tilt: bool = Field(False, description="the colour eye also says how what moves lies, and its spot is finer")
+        tilt: bool = Field(
+            False, description="the colour eye also says how what moves lies, whether it is seen; its spot is finer")
         mirror: bool = Field(
             True, description="treat a lander on the left as one on the right seen in a mirror; without an eye, take "
             "the mean of what both views say")
@@ -237,7 +238,7 @@ class Policy(nn.Module):
             self.picture_size = (options.glimpses * options.glimpse, options.glimpse)  # one below the other
         else:
             self.eye, self.picture_size = None, (spaces.height, spaces.width)
-        self.num_measures = options.glimpses * (2 + options.tilt)  # numbers that the eye says of a frame
+        self.num_measures = options.glimpses * (2 + 2 * options.tilt)  # numbers that the eye says of a frame
 
     def make_heads(self, inputs):
         features = self.options.features
@@ -318,7 +319,23 @@ class Policy(nn.Module):
 
         Of several glimpses, the first.
         """
-        return (frame_store["positions"][frame_ids[:, -1], 0] < 0) & self.options.mirror
+        return (self.measures(frame_store, frame_ids)[:, -1, 0] < 0) & self.options.mirror
+
+    def measures(self, frame_store, frame_ids):
+        """What the eye says of the frames of each decision, float32 (B, S, num_measures).
+
+        Where it knows that it sees nothing, as when a lander is above the picture, it says what it said of the last
+        frame before, or else of the next, in which it saw something; or 0.
+        """
+        positions = frame_store["positions"]
+        if not self.options.tilt:
+            return positions[frame_ids]
+        seen = positions[frame_ids, -1] > 0  # (B, S)
+        steps = torch.arange(seen.shape[1], device=seen.device)
+        last = torch.where(seen, steps, -1).cummax(1).values
+        shown = torch.where(last < 0, seen.int().argmax(1, keepdim=True), last)
+        said = positions[frame_ids.gather(1, shown)]
+        return torch.cat([said[..., :-1] * said[..., -1:], seen[..., None].float()], 2)
 
     def both_views(self, frame_store, frame_ids):
         """The features of B decisions, then those of what a mirror would show: float (2 * B, I)."""
@@ -339,13 +356,13 @@ class Policy(nn.Module):
 
         Scaled to about unit deviation: one decision moves the lander by a hundredth of the picture.
         """
-        measures = frame_store["positions"][frame_ids].unflatten(2, (self.options.glimpses, -1))
-        spots, tilts = measures[..., :2], measures[..., 2:]  # the latter is empty without model.tilt
+        measures = self.measures(frame_store, frame_ids).unflatten(2, (self.options.glimpses, -1))
+        spots, tilts, seen = measures.tensor_split((2, 3), dim=3)  # the latter two are empty without model.tilt
         spots, tilts = swap_sides(spots, mirrored), torch.where(mirrored[:, None, None, None], -tilts, tilts)
         turns = (tilts.diff(dim=1) + math.pi / 2).remainder(math.pi) - math.pi / 2  # an axis has no front
         turns = turns.clamp(-0.2, 0.2)  # more is a mistake of the eye, as when the lander leaves the picture
-        places = torch.cat([3 * spots, 2 * tilts], 3)
-        changes = F.pad(torch.cat([60 * spots.diff(dim=1), 10 * turns], 3), (0, 0, 0, 0, 1, 0))
+        places = torch.cat([3 * spots, 2 * tilts, seen], 3)
+        changes = F.pad(torch.cat([60 * spots.diff(dim=1), 10 * turns, seen.diff(dim=1)], 3), (0, 0, 0, 0, 1, 0))
         return places.flatten(2), changes.flatten(2)
 
     def decide(self, inputs, mirrored):

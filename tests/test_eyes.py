@@ -70,9 +70,9 @@ def test_an_eye_says_how_what_it_looks_at_lies():
     eye = ColourEye(3, 32, tilt=True)
     eye.calibrate(torch.cat([frames[:-1], frames[1:]], 1))
     crops, positions = eye(frames)
-    assert positions.shape == (len(angles), 3)
+    assert positions.shape == (len(angles), 4)
     assert positions[:, 2].rad2deg().tolist() == pytest.approx(angles, abs=2)
-    torch.testing.assert_close(eye(frames.flip(3))[1], positions * torch.tensor([-1, 1, -1]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(eye(frames.flip(3))[1], positions * torch.tensor([-1, 1, -1, 1]), atol=1e-4, rtol=0)
     plain_crops, plain_positions = plain(eye)(frames)
     torch.testing.assert_close(plain_crops, crops)
     torch.testing.assert_close(plain_positions, positions[:, :2], atol=0.004, rtol=0)  # a third of a pixel
@@ -89,6 +89,17 @@ def test_what_hides_a_part_of_it_does_not_change_how_it_lies():
     assert positions[:, 2].rad2deg().tolist() == pytest.approx(angles, abs=2.5)
     axes = long_axis(eye.scores(crops).clamp(min=0)).rad2deg()
     assert (axes - torch.tensor(angles)).abs().max() > 6
+
+
+def test_an_eye_knows_whether_it_sees_a_body():
+    """At the upper edge, cut off: more than half is enough, a fifth is not, nor is an empty frame."""
+    frame = turned_bar(0)  # rows 47 to 52
+    eye = ColourEye(3, 32, tilt=True)
+    eye.calibrate(torch.cat([frame[None], turned_bar(3)[None]], 1))
+    cut = [frame.roll(-rows, 1) for rows in (0, 40, 49, 52)]
+    cut[2][:, 50:], cut[3][:, 50:] = 0, 0  # what was rolled off the top
+    _, positions = eye(torch.stack([*cut, torch.zeros_like(frame)]))
+    assert positions[:, 3].tolist() == [1, 1, 1, 0, 0]
 
 
 @pytest.mark.parametrize("degrees", [-6, -2, 0, 3, 8])

@@ -227,7 +227,7 @@ def test_mirrored_glimpses_give_mirrored_actions(name, options, frames):
     frame_store, frame_ids = policy.preprocess_stacks(frames)
     other, _ = policy.preprocess_stacks(frames)
     other["pictures"] = other["pictures"].flip(3)
-    turned = [-1.0, 1.0, -1.0] if policy.options.tilt else [-1.0, 1.0]
+    turned = [-1.0, 1.0, -1.0, 1.0] if policy.options.tilt else [-1.0, 1.0]
     other["positions"] = other["positions"] * torch.tensor(turned).repeat(policy.options.glimpses)
     with torch.no_grad():
         logits, value = answer(policy, frame_store, frame_ids)
@@ -235,6 +235,21 @@ def test_mirrored_glimpses_give_mirrored_actions(name, options, frames):
     torch.testing.assert_close(mirrored_logits[:, [0, 3, 2, 1]], logits, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(mirrored_value, value, atol=1e-5, rtol=1e-5)
     assert (logits[:, 1] != logits[:, 3]).all()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_what_an_eye_says_of_a_frame_in_which_it_sees_nothing_does_not_count(name, frames):
+    """It is then where it was last seen, or else first will be; at 0 if never. Whether it is seen stays."""
+    policy = calibrated(name, frames, tilt=True)
+    said = torch.tensor([[0.1, 0.2, 0.3, 1], [9, 9, 9, 0], [0.4, 0.5, 0.6, 1], [8, 8, 8, 0]])
+    frame_ids = torch.tensor([[0, 1, 2, 3], [1, 3, 2, 0], [1, 3, 1, 3]])
+    measures = policy.measures({"positions": said}, frame_ids)
+    assert measures[..., 3].tolist() == [[1, 0, 1, 0], [0, 0, 1, 1], [0, 0, 0, 0]]
+    first, second, nothing = said[0, :3], said[2, :3], torch.zeros(3)
+    expected = [[first, first, second, second], [second, second, second, first], [nothing] * 4]
+    torch.testing.assert_close(measures[..., :3], torch.stack([torch.stack(row) for row in expected]))
+    left = {"positions": said * torch.tensor([-1, 1, 1, 1])}
+    assert policy.mirrored(left, frame_ids).tolist() == [True, True, False]
 
 
 @pytest.mark.parametrize("name", POLICIES)
