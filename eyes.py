@@ -171,9 +171,12 @@ class ColourEye(Eye):
         inside = around.norm(dim=1) < 1
         crops, around = self.between_pixels(frames, corners[:, 0])[inside], around[inside]
         self.look.zero_()
-        for _ in range(3 if inside.any() else 0):  # at first the tilt comes from the mirror alone
-            tilts, places = self.lies(crops, around)
-            upright, seen = rotate(self.bodies(crops)[0], -tilts, places).unbind(1)
+        if not inside.any():
+            return
+        pictures, axes = self.bodies(crops, self.scores(crops))
+        for _ in range(3):  # at first the tilt comes from the mirror alone
+            tilts, places = self.lies(pictures, axes, around)
+            upright, seen = rotate(pictures, -tilts, places).unbind(1)
             look = upright.masked_fill(seen < 0.5, torch.nan).nanmedian(0).values.nan_to_num(0)
             self.look.copy_((look + look.flip(1)) / 2)
 
@@ -193,24 +196,21 @@ class ColourEye(Eye):
     def look_closely(self, crops, spots, corners):
         if not self.tilt:
             return super().look_closely(crops, spots, corners)
-        around = self.from_middle(spots, corners)
-        tilts, places = self.lies(crops, around)
-        return spots + (places - around)[:, None], torch.stack([tilts, self.sees(crops)], 1)
-
-    def sees(self, crops):
-        """1 where enough of what it looks at is in the cut-out, else 0: float32 (B,)."""
-        return (self.scores(crops).clamp(min=0).sum((1, 2)) > SEEN * self.look.sum()).float()
+        around, scores = self.from_middle(spots, corners), self.scores(crops)
+        tilts, places = self.lies(*self.bodies(crops, scores), around)
+        seen = scores.clamp(min=0).sum((1, 2)) > SEEN * self.look.sum()
+        return spots + (places - around)[:, None], torch.stack([tilts, seen.float()], 1)
 
     def from_middle(self, spots, corners):
         """Columns and rows from the middle of each cut-out to the spot, float32 (B, 2)."""
         return (spots - corners)[:, 0] - (self.size - 1) / 2
 
-    def lies(self, crops, around):
+    def lies(self, pictures, axes, around):
         """(tilts, places) of what it looks at, in each cut-out.
 
-        around: float32 (B, 2), columns and rows from the middle of the cut-out to the spot. tilts: radians, float32
-        (B,), clockwise, about between -pi/2 and pi/2, and 0 where nothing of that colour is seen. places: as around, of
-        the middle of the body.
+        pictures, axes: as `bodies` gives them. around: float32 (B, 2), columns and rows from the middle of the cut-out
+        to the spot. tilts: radians, float32 (B,), clockwise, about between -pi/2 and pi/2, and 0 where nothing of that
+        colour is seen. places: as around, of the middle of the body.
 
         First the axis along which it is long (the principal axes of Hu 1962, "Visual pattern recognition by moment
         invariants"). That is right within a thirtieth of a radian, too little to see how fast a lander turns, and wrong
@@ -220,20 +220,18 @@ class ColourEye(Eye):
         looks like, found in the first frames. It is sharper, and does not change with flames and flags, which the spot
         does.
         """
-        with torch.autocast(crops.device.type, enabled=False):
-            pictures, tilts = self.bodies(crops)
-            blurred = torch.cat([F.avg_pool2d(pictures[:, :1], 3, stride=1, padding=1), pictures[:, 1:]], 1)
-            tilts, places = self.closer(blurred, tilts, around)
-            return self.closer(pictures, tilts, places, self.look if self.look.any() else None)
+        blurred = torch.cat([F.avg_pool2d(pictures[:, :1], 3, stride=1, padding=1), pictures[:, 1:]], 1)
+        tilts, places = self.closer(blurred, axes, around)
+        return self.closer(pictures, tilts, places, self.look if self.look.any() else None)
 
-    def bodies(self, crops):
+    def bodies(self, crops, scores):
         """(pictures, axes): what is of its colour and what can be seen, float32 (B, 2, n, n); radians, float32 (B,).
 
-        What is bright and not of its colour hides it, and where nothing is of it, nothing can be seen. The shape that
-        is long is where the attention is more than a tenth of its highest, once it is made four times less sharp: it
-        shall cover all of a body, while a spot is best where it is surest.
+        scores: those of the crops, float32 (B, h, w). What is bright and not of its colour hides it, and where nothing
+        is of it, nothing can be seen. The shape that is long is where the attention is more than a tenth of its
+        highest, once it is made four times less sharp: it shall cover all of a body, while a spot is best where it is
+        surest.
         """
-        scores = self.scores(crops)
         highest = scores.amax((1, 2), keepdim=True)
         axes = long_axis((((scores - highest) / 4).exp() - 0.1).clamp(min=0))
         other = (crops.amax(1) > BRIGHT) & (scores < highest / 10)

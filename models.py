@@ -207,7 +207,7 @@ class Policy(nn.Module):
         glimpses: int = Field(1, ge=1, le=16, description="how many things that move the learned eye looks at")
         subpixel: bool = Field(True, description="cut out exactly around the spot, between pixels; false: whole pixels")
         tilt: bool = Field(
-            False, description="the colour eye also says how what moves lies, whether it is seen; its spot is finer")
+            False, description="the colour eye also says how what moves lies and if it is seen; its spot is finer")
         mirror: bool = Field(
             True, description="treat a lander on the left as one on the right seen in a mirror; without an eye, take "
             "the mean of what both views say")
@@ -360,7 +360,7 @@ class Policy(nn.Module):
         spots, tilts, seen = measures.tensor_split((2, 3), dim=3)  # the latter two are empty without model.tilt
         spots, tilts = swap_sides(spots, mirrored), torch.where(mirrored[:, None, None, None], -tilts, tilts)
         turns = (tilts.diff(dim=1) + math.pi / 2).remainder(math.pi) - math.pi / 2  # an axis has no front
-        turns = turns.clamp(-0.2, 0.2)  # more is a mistake of the eye, as when the lander leaves the picture
+        turns = turns.clamp(-0.2, 0.2)  # more is a mistake of the eye
         places = torch.cat([3 * spots, 2 * tilts, seen], 3)
         changes = F.pad(torch.cat([60 * spots.diff(dim=1), 10 * turns, seen.diff(dim=1)], 3), (0, 0, 0, 0, 1, 0))
         return places.flatten(2), changes.flatten(2)

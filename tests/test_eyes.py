@@ -92,7 +92,7 @@ def test_what_hides_a_part_of_it_does_not_change_how_it_lies():
 
 
 def test_an_eye_knows_whether_it_sees_a_body():
-    """At the upper edge, cut off: more than half is enough, a fifth is not, nor is an empty frame."""
+    """Two thirds of it, cut off by the upper edge, are enough; a sixth is not, nor is an empty frame."""
     frame = turned_bar(0)  # rows 47 to 52
     eye = ColourEye(3, 32, tilt=True)
     eye.calibrate(torch.cat([frame[None], turned_bar(3)[None]], 1))
