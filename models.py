@@ -242,6 +242,10 @@ class Policy(nn.Module):
 
     def make_heads(self, inputs):
         features = self.options.features
+        if self.options.tilt:  # what a tilt asks for depends on place and speed: a matter for a layer of its own
+            measures = self.num_measures * self.spaces.frame_stack
+            self.where = nn.Sequential(orthogonal(nn.Linear(measures, features)), nn.ReLU())
+            inputs += features
         self.hidden = nn.Sequential(orthogonal(nn.Linear(inputs, features)), nn.Tanh())
         self.actor = orthogonal(nn.Linear(features, self.spaces.num_actions), 0.01)
         self.critic = orthogonal(nn.Linear(features, 1), 1.0)
@@ -299,12 +303,19 @@ class Policy(nn.Module):
             output = self.decide(features, torch.arange(len(features), device=frame_ids.device) >= len(frame_ids))
         else:
             mirrored = self.mirrored(frame_store, frame_ids)
-            features = self.features(frame_store, frame_ids, mirrored)
+            features = self.inputs(frame_store, frame_ids, mirrored)
             output = self.decide(features, mirrored)
         if minibatch is not None:
             own = features[: len(minibatch.frame_ids)]  # without those of the other view
             output.losses.update(self.losses(own, minibatch))
         return output
+
+    def inputs(self, frame_store, frame_ids, mirrored):
+        """What `decide` reads: the features, and with model.tilt what `where` makes of the eye's numbers. (B, I)."""
+        features = self.features(frame_store, frame_ids, mirrored)
+        if not self.options.tilt:
+            return features
+        return torch.cat([features, self.where(self.moves(frame_store, frame_ids, mirrored))], 1)
 
     def losses(self, features, minibatch):
         """Auxiliary losses by name, weighted scalars. features: (B, I); minibatch: train.Rollout, (B, ...)."""
@@ -365,6 +376,11 @@ class Policy(nn.Module):
         changes = F.pad(torch.cat([60 * spots.diff(dim=1), 10 * turns, seen.diff(dim=1)], 3), (0, 0, 0, 0, 1, 0))
         return places.flatten(2), changes.flatten(2)
 
+    def moves(self, frame_store, frame_ids, mirrored):
+        """What the eye says of the newest frame, and all changes: float32 (B, S * num_measures)."""
+        places, changes = self.places(frame_store, frame_ids, mirrored)
+        return torch.cat([places[:, -1], changes[:, 1:].flatten(1)], 1)
+
     def decide(self, inputs, mirrored):
         """inputs (B, I) -> PolicyOutput; in float32, since probabilities are exponentials.
 
@@ -406,11 +422,7 @@ class CNN(Policy):
                 orthogonal(nn.Conv2d(2 * channels, 2 * channels, 3)), nn.ReLU(), nn.Flatten())
             flat = self.convs(torch.zeros(1, planes, *self.picture_size)).shape[1]
         self.what = nn.Sequential(orthogonal(nn.Linear(flat, options.features)), nn.ReLU())
-        measures = self.num_measures * spaces.frame_stack
-        self.where = None
-        if options.tilt:  # what a tilt asks for depends on where it is, and how fast: a matter for a layer of its own
-            self.where = nn.Sequential(orthogonal(nn.Linear(measures, options.features)), nn.ReLU())
-            measures = options.features
+        measures = 0 if options.tilt else self.num_measures * spaces.frame_stack  # with a tilt, `where` reads them
         self.make_heads(options.features + measures)
 
     def maps(self, frame_store, frame_ids, mirrored=None):
@@ -425,9 +437,7 @@ class CNN(Policy):
     def features(self, frame_store, frame_ids, mirrored):
         seen = self.maps(frame_store, frame_ids, mirrored if self.options.mirror else None)
         what = self.what(self.pool(seen) if self.attends else seen).float()
-        places, changes = self.places(frame_store, frame_ids, mirrored)
-        measures = torch.cat([places[:, -1], changes[:, 1:].flatten(1)], 1)  # where the newest is, all changes
-        return torch.cat([what, measures if self.where is None else self.where(measures)], 1)
+        return what if self.options.tilt else torch.cat([what, self.moves(frame_store, frame_ids, mirrored)], 1)
 
     def newest_places(self, frame_store, frame_ids, mirrored):
         return self.pool(self.maps(frame_store, frame_ids, mirrored))[:, -2 * PLACES :]

@@ -82,7 +82,7 @@ def hidden_units(policy, stacks, batch=256):
     for part in torch.from_numpy(stacks).split(batch):
         frame_store, frame_ids = policy.preprocess_stacks(part)
         turned = policy.mirrored(frame_store, frame_ids)  # nobody is left of the middle of whole frames
-        units.append(policy.hidden(policy.features(frame_store, frame_ids, turned).float()))
+        units.append(policy.hidden(policy.inputs(frame_store, frame_ids, turned).float()))
         mirrored.append(turned)
     return torch.cat(units).double().numpy(), torch.cat(mirrored).numpy()
 

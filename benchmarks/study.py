@@ -1,6 +1,6 @@
 """Several seeds, and each piece left out: keeps what such runs measured under results/study/, and writes its page.
 
-    python benchmarks/study.py "whole=runs/a,runs/b" "no mirror=runs/c,runs/d"   # copies these, then writes the page
+    python benchmarks/study.py "cnn=runs/a,runs/b" "no mirror=runs/c,runs/d"   # copies these, then writes the page
     python benchmarks/study.py                                                     # only the page
 
 The runs come from train.py, sweep.py or benchmarks/yardstick.py. Every number on the page is read from their own
@@ -24,24 +24,25 @@ from task import SOLVED
 STUDY = Path(__file__).parent.parent / "results" / "study"
 PAGE = f"""# Seeds and pieces
 
-This page compares trainings of the CNN: with several seeds, and with pieces left out. The runs are in this folder, and
-the last table lists them all.
+This page compares trainings of the CNN: with several seeds, and with pieces left out. The pieces were left out of
+`cnn_no_tilt`, whose eye does not measure how the lander lies; [eyes.md](../../docs/eyes.md#how-it-lies) tells what that
+brings. The runs are in this folder, and the last table lists them all.
 
 ## The worth of each piece
 
 | line | changed setting | frames to {SOLVED}, each seed | greedy | landed |
 | --- | --- | --- | --- | --- |
-| as shipped | none | 0.42, 0.44, 0.42 M | 274, 268, 269 | 98, 97, 97% |
+| cnn_no_tilt | none | 0.42, 0.44, 0.42 M | 274, 268, 269 | 98, 97, 97% |
 | no late stage | `ppo.late_return=null` | 0.63, 0.43 M | 269, 280 | 98, 100% |
 | no mirror | `model.mirror=false` | 0.53, 0.45 M | 263, 264 | 98, 98% |
 | whole pixels | `model.subpixel=false` | 0.61, 0.70 M | 253, 262 | 94, 96% |
 | no glimpse | `model.eye=none`, and two more | not reached | 91, 3 | 40, 6% |
 | state vector | a yardstick, without frames | 0.51, 0.40, 0.59 M | 234, 247, 263 | 95, 96, 100% |
 
-A line is trained by `python train.py --config configs/cnn.yaml run.seed=SEED` and its changed setting. "No glimpse" has
-three: `model.eye=none model.mirror=false env.shrink_factor=8`. The policy then sees whole frames at half the
-resolution, 75x50, without a mirror. The yardstick is trained by
-`python benchmarks/yardstick.py --config configs/cnn.yaml run.seed=SEED`.
+A line is trained by `python train.py --config configs/cnn_no_tilt.yaml run.seed=SEED` and its changed setting. "No
+glimpse" has three: `model.eye=none model.mirror=false env.shrink_factor=8`. The policy then sees whole frames at half
+the resolution, 75x50, without a mirror. The yardstick is trained by
+`python benchmarks/yardstick.py --config configs/cnn_no_tilt.yaml run.seed=SEED`.
 
 - **The glimpse** is worth the most to a network that flattens its last map. Without it, without the mirror and at half
   the resolution, the mean return never reaches {SOLVED}. With glimpses cut along whole pixels, learning takes more
@@ -69,14 +70,14 @@ setting:
   place by itself. It stood at 91 and 3 after 1.5 million frames ("no glimpse"). With attention in place of flattening,
   and nothing told at all, it lands, after 1.1 to 1.6 million.
 - **The architecture** matters little once one of these has found the spot. The Transformer passes {SOLVED} after 0.41
-  million frames, as soon as the CNN. The prior of convolutions still saves time: the CNN needs the least arithmetic per
-  decision.
+  million frames, as soon as `cnn_no_tilt`. The prior of convolutions still saves time: the CNN needs the least
+  arithmetic per decision.
 
 ## Clip fraction with and without the late stage
 
 The band of 0.1 to 0.2 for the clip fraction ([how to read it](../../docs/curves.md)) is a guide, not a law.
 
-- Seed 1 as shipped is at the upper edge of the band, 0.20 on average, until the late stage begins at 0.35 million
+- Seed 1 of `cnn_no_tilt` is at the upper edge of the band, 0.20 on average, until the late stage begins at 0.35 million
   frames. From there on its steps are a quarter as large, and it is below the band.
 - Seed 1 without a late stage is the same run up to there. It stays in the band for most of its first half, and learns
   more slowly. It was at {SOLVED} after 0.63 million frames instead of 0.42, and at 240 after 0.78 instead of 0.57.

@@ -253,6 +253,21 @@ def test_what_an_eye_says_of_a_frame_in_which_it_sees_nothing_does_not_count(nam
 
 
 @pytest.mark.parametrize("name", POLICIES)
+def test_with_a_tilt_decisions_read_it_beside_the_features(name, frames):
+    policy = calibrated(name, frames, tilt=True).eval()
+    frame_store, frame_ids = policy.preprocess_stacks(frames)
+    with torch.no_grad():
+        mirrored = policy.mirrored(frame_store, frame_ids)
+        features, inputs = (see(frame_store, frame_ids, mirrored) for see in (policy.features, policy.inputs))
+        before = policy(frame_store, frame_ids).value
+        frame_store["positions"][frame_ids[:, -1], 2] += 0.1
+        after = policy(frame_store, frame_ids).value
+    torch.testing.assert_close(inputs[:, : features.shape[1]], features)
+    assert inputs.shape[1] == features.shape[1] + policy.options.features
+    assert torch.equal(before != after, frame_store["positions"][frame_ids[:, -1], 3] > 0)  # where it is seen
+
+
+@pytest.mark.parametrize("name", POLICIES)
 def test_the_places_attended_to_are_those_of_the_picture_also_if_it_is_seen_in_the_mirror(name, frames):
     policy = calibrated(name, frames, pooling="attention").eval()
     (frame_store, frame_ids), (other, _) = (policy.preprocess_stacks(frames) for _ in range(2))

@@ -164,7 +164,7 @@ def test_continuous_engines_in_wind_stopped_and_resumed_equal_the_run_that_was_n
     """With an eye that learns, in gray."""
     settings = ["--config", CONFIG, *TINY, "tracking.mlflow=false", "env.continuous=true", "env.enable_wind=true",
                 "env.gravity=[-12,-8]", "env.color=false", "env.shrink_factor=10", "model.eye=learned",
-                "model.glimpse=16"]
+                "model.tilt=false", "model.glimpse=16"]
     run_here(tmp_path, *settings, "run.name=whole")
     process = start(tmp_path, *settings, "run.name=stopped", held=3)
     wait_until_held(process, tmp_path, 3)

@@ -176,7 +176,7 @@ def test_what_cannot_be_seen_or_steered_is_refused_in_one_line(options, told, st
 ])
 def test_an_environment_that_does_not_exist_is_one_line_and_makes_no_run(override, told, tmp_path):
     with pytest.raises(SystemExit) as ended:
-        run_here(tmp_path, "--config", ROOT / "configs" / "cnn.yaml", override)
+        run_here(tmp_path, "--config", ROOT / "configs" / "cnn_no_tilt.yaml", override)
     assert told in ended.value.code
     assert "\n" not in ended.value.code
     assert not (tmp_path / "runs").exists()
@@ -193,7 +193,7 @@ def test_options_have_the_types_that_they_look_like():
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
 def test_stopped_and_resumed_equals_the_run_that_was_never_stopped(env_id, tmp_path):
-    config = ROOT / "configs" / "cnn.yaml"
+    config = ROOT / "configs" / "cnn_no_tilt.yaml"
     factor = "env.shrink_factor=20"
     words = [*TINY, *CARTPOLE, f"env.id={env_id}", factor, "tracking.mlflow=false", "ppo.total_frames=2000",
              "evaluation.selection_episodes=1", "evaluation.episodes=1"]
@@ -241,7 +241,7 @@ def test_the_recipe_of_the_page_trains_and_is_scored(tmp_path):
 
 
 def test_a_policy_is_scored_in_its_own_environment_and_weather_is_none_of_it(tmp_path, capsys):
-    run_here(tmp_path, "--config", ROOT / "configs" / "cnn.yaml", "run.name=x", *TINY, *CARTPOLE,
+    run_here(tmp_path, "--config", ROOT / "configs" / "cnn_no_tilt.yaml", "run.name=x", *TINY, *CARTPOLE,
              "env.shrink_factor=20", "ppo.total_frames=300", "tracking.mlflow=false")
     checkpoint = str(tmp_path / "runs" / "x")
     for words, told in (
