@@ -193,9 +193,9 @@ class Strict(BaseModel):
 class Policy(nn.Module):
     """The base of all policies: the eye, the mirror, and the two heads on one hidden layer.
 
-    A subclass calls `make_heads(I)`, and has `features(frame_store, frame_ids, mirrored)`: what decisions see in the
-    rows frame_ids, int64 (B, S), of frame_store, in the mirror where `mirrored`, bool (B,), as float (B, I). With
-    `losses` it adds auxiliary losses.
+    A subclass calls `make_heads(F)`, and has `features(frame_store, frame_ids, mirrored)`: what decisions see in the
+    rows frame_ids, int64 (B, S), of frame_store, in the mirror where `mirrored`, bool (B,), as float (B, F). What the
+    eye says of them with model.tilt is added here. With `losses` it adds auxiliary losses.
     """
 
     class Options(Strict):
@@ -299,26 +299,26 @@ class Policy(nn.Module):
         While learning, `minibatch` is the train.Rollout of these decisions, (B, ...).
         """
         if self.takes_both_views:
-            features = self.both_views(frame_store, frame_ids)
-            output = self.decide(features, torch.arange(len(features), device=frame_ids.device) >= len(frame_ids))
+            inputs = self.both_views(frame_store, frame_ids)
+            output = self.decide(inputs, torch.arange(len(inputs), device=frame_ids.device) >= len(frame_ids))
         else:
             mirrored = self.mirrored(frame_store, frame_ids)
-            features = self.inputs(frame_store, frame_ids, mirrored)
-            output = self.decide(features, mirrored)
+            inputs = self.inputs(frame_store, frame_ids, mirrored)
+            output = self.decide(inputs, mirrored)
         if minibatch is not None:
-            own = features[: len(minibatch.frame_ids)]  # without those of the other view
+            own = inputs[: len(minibatch.frame_ids)]  # without those of the other view
             output.losses.update(self.losses(own, minibatch))
         return output
 
     def inputs(self, frame_store, frame_ids, mirrored):
-        """What `decide` reads: the features, and with model.tilt what `where` makes of the eye's numbers. (B, I)."""
+        """What `decide` reads: the features, and with model.tilt what `where` makes of the eye's numbers."""
         features = self.features(frame_store, frame_ids, mirrored)
         if not self.options.tilt:
             return features
-        return torch.cat([features, self.where(self.moves(frame_store, frame_ids, mirrored))], 1)
+        return torch.cat([features, self.where(self.told(frame_store, frame_ids, mirrored))], 1)
 
-    def losses(self, features, minibatch):
-        """Auxiliary losses by name, weighted scalars. features: (B, I); minibatch: train.Rollout, (B, ...)."""
+    def losses(self, inputs, minibatch):
+        """Auxiliary losses by name, weighted scalars. inputs: as `decide` reads; minibatch: train.Rollout, (B, ...)."""
         if self.options.eye != "learned":
             return {}
         some = minibatch.frame_ids[:: max(len(minibatch.frame_ids) // EYE_STACKS, 1)]
@@ -349,7 +349,7 @@ class Policy(nn.Module):
         return torch.cat([said[..., :-1] * said[..., -1:], seen[..., None].float()], 2)
 
     def both_views(self, frame_store, frame_ids):
-        """The features of B decisions, then those of what a mirror would show: float (2 * B, I)."""
+        """The features of B decisions, then those of what a mirror would show: float (2 * B, F)."""
         mirrored = torch.arange(2 * len(frame_ids), device=frame_ids.device) >= len(frame_ids)
         return self.features(frame_store, frame_ids.repeat(2, 1), mirrored)
 
@@ -376,7 +376,7 @@ class Policy(nn.Module):
         changes = F.pad(torch.cat([60 * spots.diff(dim=1), 10 * turns, seen.diff(dim=1)], 3), (0, 0, 0, 0, 1, 0))
         return places.flatten(2), changes.flatten(2)
 
-    def moves(self, frame_store, frame_ids, mirrored):
+    def told(self, frame_store, frame_ids, mirrored):
         """What the eye says of the newest frame, and all changes: float32 (B, S * num_measures)."""
         places, changes = self.places(frame_store, frame_ids, mirrored)
         return torch.cat([places[:, -1], changes[:, 1:].flatten(1)], 1)
@@ -437,7 +437,7 @@ class CNN(Policy):
     def features(self, frame_store, frame_ids, mirrored):
         seen = self.maps(frame_store, frame_ids, mirrored if self.options.mirror else None)
         what = self.what(self.pool(seen) if self.attends else seen).float()
-        return what if self.options.tilt else torch.cat([what, self.moves(frame_store, frame_ids, mirrored)], 1)
+        return what if self.options.tilt else torch.cat([what, self.told(frame_store, frame_ids, mirrored)], 1)
 
     def newest_places(self, frame_store, frame_ids, mirrored):
         return self.pool(self.maps(frame_store, frame_ids, mirrored))[:, -2 * PLACES :]

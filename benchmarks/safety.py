@@ -81,7 +81,8 @@ def measure(args):
     shares = {key: seconds[key] / everything for key in KINDS}
     print("| config | updates | s per update | " + " | ".join(shares) + " | together |")
     print("| --- " * (len(shares) + 4) + "|")
-    print(f"| {config.model.name} | {trainer.counters['updates']} | {everything / trainer.counters['updates']:.2f} | "
+    updates = trainer.counters["updates"]
+    print(f"| {Path(args.config).stem} | {updates} | {everything / updates:.2f} | "
           + " | ".join(f"{share:.2%}" for share in shares.values()) + f" | {sum(shares.values()):.2%} |")
 
 

@@ -1,7 +1,7 @@
 """Several seeds, and each piece left out: keeps what such runs measured under results/study/, and writes its page.
 
-    python benchmarks/study.py "cnn=runs/a,runs/b" "no mirror=runs/c,runs/d"   # copies these, then writes the page
-    python benchmarks/study.py                                                     # only the page
+    python benchmarks/study.py "cnn_no_tilt=runs/a,runs/b" "no mirror=runs/c"   # copies these, then writes the page
+    python benchmarks/study.py                                                  # only the page
 
 The runs come from train.py, sweep.py or benchmarks/yardstick.py. Every number on the page is read from their own
 metrics.csv and reports; a run's folder keeps those, its config and the machine, but no weights.
@@ -66,6 +66,8 @@ setting:
   over whole frames needs but a quarter more of them. What an eye saves most is arithmetic.
 - **That left mirrors right** is worth a tenth to a quarter of the frames with an eye, and more than half of them
   without one.
+- **That it has a tilt**, which the eye of `cnn` measures, saves more than all of these:
+  [eyes.md](../../docs/eyes.md#how-it-lies).
 - **That a lander looks the same everywhere** is worth the most. A network that flattens its last map has to learn each
   place by itself. It stood at 91 and 3 after 1.5 million frames ("no glimpse"). With attention in place of flattening,
   and nothing told at all, it lands, after 1.1 to 1.6 million.

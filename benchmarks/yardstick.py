@@ -1,6 +1,6 @@
 """What the same PPO reaches on the state vector: how much of the task is control, and what is the price of seeing.
 
-    python benchmarks/yardstick.py --config configs/cnn.yaml [run.seed=1] [ppo.gamma=0.995]
+    python benchmarks/yardstick.py --config configs/cnn.yaml [run.seed=1] [ppo.gamma=0.99]
     python benchmarks/yardstick.py --config configs/cnn_wind.yaml --states 4     # the newest four, as frames in a stack
 
 A measure to hold results against, never a way to train one: the state vector is what the policies here must do without.

@@ -271,7 +271,7 @@ class Config(Strict):
         if getattr(self.model, "tilt", False) and eye != "colour":
             raise PydanticCustomError(
                 "conflict", f"model.tilt=true needs model.eye=colour, which sees the whole of a body; model.eye={eye} "
-                f"{'sees the whole picture' if eye == 'none' else 'looks at parts of it'}")
+                f"{'sees the whole picture' if eye == 'none' else 'looks at parts of it'}; or set model.tilt=false")
         if eye != "none" and glimpse > side:
             raise PydanticCustomError(
                 "conflict", f"model.glimpse={glimpse} must be between 16 and {side}, the shorter side of a frame "

@@ -12,7 +12,7 @@ from test_models import SPACES, lander_frames
 from camera import shrink
 from envs import make_env
 from eyes import EYES, CalibrationError, ColourEye, LearnedEye, long_axis, move, rotate
-from machinery.checkpoint import build_policy, load_policy
+from machinery.checkpoint import load_policy
 from machinery.config import load_config
 from models import POLICIES, make_policy
 from runs import ROOT
@@ -348,9 +348,8 @@ def test_with_a_tilt_the_lander_is_seen_to_move_more_finely():
 
     The median error is 0.04 pixels or less, and three quarters or less of what it is without.
     """
-    policy, config = load_policy(ROOT / "results" / "cnn")[0], load_config(None, ["model.tilt=true"])
-    eye, lander = build_policy(config).eye, make_env(**config.env.settings())
-    eye.calibrate(random_stacks(config))
+    policy, config, _ = load_policy(ROOT / "results" / "cnn")
+    eye, lander = policy.eye, make_env(**config.env.settings())
     errors, pixels = [], torch.tensor([149 / 2, 99 / 2])
     for seed in range(EVALUATION_SEED, EVALUATION_SEED + 6):
         stack, ended, before = torch.from_numpy(lander.reset(seed).copy())[None], False, None
@@ -368,20 +367,6 @@ def test_with_a_tilt_the_lander_is_seen_to_move_more_finely():
     assert len(errors) > 100
     assert (fine <= 0.04).all()
     assert (fine <= 0.75 * coarse).all()
-
-
-def random_stacks(config, landers=16, decisions=20):
-    """Frames of random play, uint8 (landers * decisions, K, H, W)."""
-    rng, stacks = np.random.default_rng(0), []
-    for seed in range(landers):
-        lander = make_env(**config.env.settings())
-        lander.reset(seed)
-        for _ in range(decisions):
-            stack, _, *ends = lander.step(int(rng.integers(4)))
-            stacks.append(stack.copy())
-            if any(ends):
-                break
-    return torch.from_numpy(np.stack(stacks))
 
 
 def test_the_tilt_is_that_of_the_lander(frames):

@@ -82,7 +82,7 @@ def test_disk_that_is_full_at_the_start(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with no_room(300_000), pytest.raises(  # the frames that workers share fit, a checkpoint does not
             SystemExit, match=r"^train\.py: runs/x/checkpoints: File too large; nothing is trained before that$"):
-        train.main(["--config", str(CONFIG), "run.name=x", *TINY, *BARE, "env.shrink_factor=8"])
+        train.main(["--config", str(CONFIG), "run.name=x", *TINY, *BARE, "env.shrink_factor=8", "model.channels=32"])
     assert list((tmp_path / "runs" / "x" / "checkpoints").iterdir()) == []
     assert not (tmp_path / "runs" / "x" / "metrics.csv").exists()
 
@@ -213,7 +213,8 @@ def test_weights_that_are_not_finite_are_named(a_run):
 
 def test_resume_with_another_policy_or_other_frames(tmp_path):
     run_here(tmp_path, "--config", CONFIG, "run.name=x", *TINY, *BARE)
-    for override, saved in (("model.name=transformer", "'cnn'"), ("env.frame_stack=3", "4"), ("ppo.gamma=0.5", "0.99")):
+    for override, saved in (
+            ("model.name=transformer", "'cnn'"), ("env.frame_stack=3", "4"), ("ppo.gamma=0.5", "0.995")):
         key, value = override.split("=")
         assert f"{key} was {saved}, asked for {value}" in refused(tmp_path, "--resume", "latest", override)
     assert "unknown key ppo.gama" in refused(tmp_path, "--resume", "latest", "ppo.gama=0.5")

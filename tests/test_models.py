@@ -261,10 +261,12 @@ def test_with_a_tilt_decisions_read_it_beside_the_features(name, frames):
         features, inputs = (see(frame_store, frame_ids, mirrored) for see in (policy.features, policy.inputs))
         before = policy(frame_store, frame_ids).value
         frame_store["positions"][frame_ids[:, -1], 2] += 0.1
-        after = policy(frame_store, frame_ids).value
+        after, changed = policy(frame_store, frame_ids).value, policy.inputs(frame_store, frame_ids, mirrored)
     torch.testing.assert_close(inputs[:, : features.shape[1]], features)
     assert inputs.shape[1] == features.shape[1] + policy.options.features
-    assert torch.equal(before != after, frame_store["positions"][frame_ids[:, -1], 3] > 0)  # where it is seen
+    seen = frame_store["positions"][frame_ids[:, -1], 3] > 0
+    assert torch.equal(before != after, seen)
+    assert torch.equal((inputs != changed)[:, features.shape[1] :].any(1), seen)
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -280,7 +282,7 @@ def test_the_places_attended_to_are_those_of_the_picture_also_if_it_is_seen_in_t
     torch.testing.assert_close(turned * torch.tensor([-1.0, 1.0]), there, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, ATTENTION], ids=["eye", "attention"])
+@pytest.mark.parametrize("options", [{}, {"tilt": True}, ATTENTION], ids=["eye", "tilt", "attention"])
 @pytest.mark.parametrize("name", POLICIES)
 def test_frames_shared_by_stacks_give_what_separate_stacks_give(name, options, frames):
     """Stacks that point into common rows, in either mode, and each stack by itself: the same function."""

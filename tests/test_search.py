@@ -268,7 +268,8 @@ def test_another_search_does_not_go_on_with_this_one(search):
 
 def test_the_kind_of_a_range_and_what_goes_together_depend_on_the_other_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args = argparse.Namespace(config=CONFIG, goal="frames", study=None, trials=1)
+    config = ROOT / "configs" / "cnn_no_tilt.yaml"
+    args = argparse.Namespace(config=config, goal="frames", study=None, trials=1)
     found, jobs_of, fixed, _ = sweep.plan_search(args, "s", ["1", "2"], [
         "model.name=transformer", "model.spatial_layers=1..4", "env.num_envs=12,24", "env.num_workers=3,4",
         "env.gravity=[-12,-8]"])

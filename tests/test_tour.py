@@ -35,7 +35,7 @@ def test_the_tour_runs_from_top_to_bottom(tmp_path, monkeypatch):
     assert len(pictures(notebook)) == 5
     (run,) = (tmp_path / "runs").iterdir()
     with open(run / "metrics.csv") as file:
-        assert len(list(csv.DictReader(file))) == 1  # update
+        assert len(list(csv.DictReader(file))) == 2  # updates
     assert (run / "curves.png").exists()
 
 
