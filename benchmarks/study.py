@@ -40,10 +40,10 @@ brings. The runs are in this folder, and the last table lists them all.
 | no glimpse | `model.eye=none`, and two more | not reached | 91, 3 | 40, 6% |
 | state vector | a yardstick, without frames | 0.51, 0.40, 0.59 M | 234, 247, 263 | 95, 96, 100% |
 
-`cnn` is trained by `configs/cnn.yaml`. The other lines are trained by
-`python train.py --config configs/cnn_no_tilt.yaml run.seed=SEED` and the changed setting. "No
-glimpse" has three: `model.eye=none model.mirror=false env.shrink_factor=8`. The policy then sees whole frames at half
-the resolution, 75x50, without a mirror. The yardstick is trained by
+`cnn` is trained by `configs/cnn.yaml`, another line by `python train.py --config configs/cnn_no_tilt.yaml
+run.seed=SEED` and its changed setting. "No glimpse" has three: `model.eye=none model.mirror=false
+env.shrink_factor=8`. The policy then sees whole frames at half the resolution, 75x50, without a mirror. The yardstick
+is trained by
 `python benchmarks/yardstick.py --config configs/cnn_no_tilt.yaml run.seed=SEED`.
 
 - **The glimpse** is worth the most to a network that flattens its last map. Without it, without the mirror and at half
