@@ -33,7 +33,7 @@ REPORT = {"mode": "greedy", "seed": 1000000, "episodes": 2, "return_mean": 7.5, 
 
 def policy_in(folder, frames=512, *overrides):
     """The file of a policy whose actions differ, and its config."""
-    torch.manual_seed(3)
+    torch.manual_seed(4)  # one whose policy takes all four
     config = load_config(CONFIG, [*SMALL, *overrides])
     policy = build_policy(config)
     policy.eye.direction.copy_(torch.tensor([0.33, -0.81, 0.48]))
