@@ -43,8 +43,7 @@ brings. The runs are in this folder, and the last table lists them all.
 `cnn` is trained by `configs/cnn.yaml`, another line by `python train.py --config configs/cnn_no_tilt.yaml
 run.seed=SEED` and its changed setting. "No glimpse" has three: `model.eye=none model.mirror=false
 env.shrink_factor=8`. The policy then sees whole frames at half the resolution, 75x50, without a mirror. The yardstick
-is trained by
-`python benchmarks/yardstick.py --config configs/cnn_no_tilt.yaml run.seed=SEED`.
+is trained by `python benchmarks/yardstick.py --config configs/cnn_no_tilt.yaml run.seed=SEED`.
 
 - **The glimpse** is worth the most to a network that flattens its last map. Without it, without the mirror and at half
   the resolution, the mean return never reaches {SOLVED}. With glimpses cut along whole pixels, learning takes more
