@@ -214,7 +214,7 @@ def test_weights_that_are_not_finite_are_named(a_run):
 def test_resume_with_another_policy_or_other_frames(tmp_path):
     run_here(tmp_path, "--config", CONFIG, "run.name=x", *TINY, *BARE)
     for override, saved in (
-            ("model.name=transformer", "'cnn'"), ("env.frame_stack=3", "4"), ("ppo.gamma=0.5", "0.995")):
+            ("model.name=transformer", "'cnn'"), ("env.frame_stack=3", "4"), ("ppo.gamma=0.5", "0.996")):
         key, value = override.split("=")
         assert f"{key} was {saved}, asked for {value}" in refused(tmp_path, "--resume", "latest", override)
     assert "unknown key ppo.gama" in refused(tmp_path, "--resume", "latest", "ppo.gama=0.5")

@@ -66,7 +66,7 @@ def test_a_sweep_is_stopped_and_goes_on_and_is_one_family_in_mlflow(tmp_path, mo
     sweep.main(again)
     assert capsys.readouterr().out.count("done before") == 2
     assert times == [(folder / "metrics.csv").stat().st_mtime_ns for folder in folders]
-    told = r"runs/s-seed-1 is another run: ppo\.gamma was 0\.995, asked for 0\.5; choose"
+    told = r"runs/s-seed-1 is another run: ppo\.gamma was 0\.996, asked for 0\.5; choose"
     with pytest.raises(SystemExit, match=told):
         sweep.main([*again, "ppo.gamma=0.5"])
 
