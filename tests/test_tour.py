@@ -22,7 +22,7 @@ def test_the_tour_runs_from_top_to_bottom(tmp_path, monkeypatch):
     """Its own assertions hold: what it computes by hand equals what train.py does. It trains for less than usual."""
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
-    monkeypatch.setenv("TOUR_FRAMES", "8000")
+    monkeypatch.setenv("TOUR_FRAMES", "6000")
     monkeypatch.setenv("TOUR_FOLDER", str(tmp_path))
     notebook = nbformat.read(NOTEBOOK, 4)
     for cell in code_cells(notebook):
