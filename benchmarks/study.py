@@ -54,9 +54,10 @@ is trained by `python benchmarks/yardstick.py --config configs/cnn_no_tilt.yaml 
 - **The late stage** makes learning faster. Seeds 1 and 2 were at 240 after 0.57 and 0.67 million frames with it, and
   after 0.78 and 1.02 million without it. Their final scores were as good without it, so a longer training can leave it
   out: `ppo.late_return=null`.
-- **How often it decides** is worth five points and some frames. An engine burns for the whole of a decision, so with
-  shorter ones the lander comes to rest nearer to the middle of the pad, with both legs on the ground, and spends less
-  fuel. Each frame then costs a third more arithmetic. [Below](#how-often-it-decides) are the numbers.
+- **How often it decides** is worth some frames and, with a third more of them, five points. An engine burns for the
+  whole of a decision. With shorter ones the lander comes to rest nearer to the middle of the pad, more often on both
+  legs, and spends less fuel. Each frame then costs a third more arithmetic. [Below](#how-often-it-decides) are the
+  numbers.
 - **The yardstick** is the same PPO with the same settings, on the state vector instead of frames. The settings were
   chosen for frames, not for the state vector.
 
