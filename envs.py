@@ -158,6 +158,9 @@ class FrameVectorEnv(VectorEnv):
         self.state = [[0, []] for _ in range(self.num_envs)]
 
     def reset(self, *, seed=None, options=None):
+        """Begin the next episode of each. ValueError for a seed, since that of make_vector_env tells them all."""
+        if seed is not None or options:
+            raise ValueError("seed and options belong to make_vector_env, not to reset")
         for record in self.state:
             record[:] = record[0] + 1, []
         with self.workers.worker_errors(self.workers.long_timeout) as timeout:
@@ -209,7 +212,9 @@ def make_vector_env(num_envs, num_workers, seed=0, first_env=0, *, env_id=ENV_ID
     else the class of that environment takes, see env_class. Call it from the main thread: on Linux the workers end with
     the thread that started them.
     """
-    m = num_envs // num_workers
+    m, left = divmod(num_envs, num_workers)
+    if left:
+        raise ValueError(f"{num_envs} environments cannot be shared out evenly among {num_workers} workers")
     settings |= {
         "seed": seed, "env_id": env_id, "frame_skip": frame_skip, "frame_stack": frame_stack,
         "shrink_factor": shrink_factor, "color": color}

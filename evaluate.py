@@ -44,7 +44,7 @@ GRAVITIES, WINDS = [-4.0, -6.0, -8.0, -10.0, -11.9], [0.0, 5.0, 10.0, 15.0, 20.0
 
 
 @torch.no_grad()
-def play(policy, env_config, seeds, sample_seed=None, rendered=False, recorder=None, progress=None, check=None):
+def play(policy, env_config, seeds, *, sample_seed=None, rendered=False, recorder=None, progress=None, check=None):
     """Play one episode per seed, many side by side so that the policy sees them as one batch.
 
     Greedy, or, with sample_seed, actions sampled from generators seeded with (sample_seed, episode's seed). rendered:
@@ -260,7 +260,7 @@ def main(argv=None):
     args = parser.parse_intermixed_args(argv)
     if args.watch and (args.grid or args.webp or args.output or args.videos != parser.get_default("videos")):
         parser.error("--watch writes nothing: no --videos, --webp, --grid or --output")
-    if args.grid and (args.panel or args.webp or args.overrides):
+    if args.grid and (args.panel or args.webp or args.overrides or args.videos != parser.get_default("videos")):
         parser.error("--grid has a weather of its own, and no videos")
     if (args.panel or args.webp) and not args.videos:
         parser.error("--panel and --webp need --videos of 1 or more")

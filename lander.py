@@ -139,6 +139,8 @@ class RenderedLander(RenderedEnv):
     }
 
     def __init__(self, frame_skip, frame_stack, shrink_factor, color, continuous=False, **weather):
+        if unknown := weather.keys() - CALM.keys():
+            raise TypeError(f"{', '.join(sorted(unknown))}: not among the options {', '.join(CALM)}")
         self.continuous, self.weather = continuous, CALM | weather
         super().__init__(ENV_ID, frame_skip, frame_stack, shrink_factor, color, {"continuous": continuous})
         self.lander = self.env.unwrapped

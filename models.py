@@ -1,6 +1,6 @@
 """Policies: frames in, (action distribution, value) out.
 
-    policy = make_policy(options, Spaces(frame_stack=4, planes=3, height=100, width=150, num_actions=4))
+    policy = make_policy(options, Spaces(4, 3, height=100, width=150, num_actions=4, mirrored_actions=(0, 3, 2, 1)))
     frame_store, frame_ids = policy.preprocess_stacks(frames)   # frames uint8 (B, frame_stack * planes, H, W)
     output = policy(frame_store, frame_ids)
     actions = output.distribution.sample()                      # int64 (B,); output.value is float32 (B,)
@@ -225,6 +225,8 @@ class Policy(nn.Module):
 
     def __init__(self, options, spaces):
         super().__init__()
+        if options.mirror and not spaces.mirrored_actions:
+            raise PolicyError("model.mirror=true needs to know what each action is in a mirror")
         self.options, self.spaces = options, spaces
         has_eye = options.eye != "none"
         self.attends = options.pooling == "attention"

@@ -35,7 +35,7 @@ NEEDED = (
 
 
 GRID = (  # what a map needs of a grid.json
-    "checkpoint", "mode", "episodes", "gravity", "wind_power", "return_mean", "landed_rate")
+    "checkpoint", "mode", "episodes", "seed", "gravity", "wind_power", "return_mean", "landed_rate")
 
 
 class PlotError(UserError):
@@ -183,7 +183,8 @@ def draw_grids(grids, output):
             axis.set_yticks(range(len(grid["gravity"])), [f"{gravity:g}" for gravity in grid["gravity"]])
             axis.set(title=title, xlabel="wind power; turbulence is a tenth of it", ylabel="gravity")
             row.colorbar(image, ax=axis)
-        row.suptitle(f"{grid['checkpoint']}, {grid['mode']}, {grid['episodes']} unseen episodes each")
+        played = f"{grid['episodes']} episodes each, from seed {grid['seed']:,}"
+        row.suptitle(f"{grid['checkpoint']}, {grid['mode']}, {played}")
     save_figure(figure, output)
 
 

@@ -133,7 +133,8 @@ def collect(envs, policy, rollout, frames, reward_scale, autocast):
         store(slot, frame)
     for t in range(num_steps):
         rollout.frame_ids[t], output = forward_at(t)
-        if not torch.isfinite(output.distribution.entropy().sum() + output.value.sum()):
+        likeliest = output.distribution.mode()
+        if not torch.isfinite(output.distribution.log_prob(likeliest).sum() + output.value.sum()):
             raise FloatingPointError("the policy's logits or values are not finite; stopped before the optimizer")
         rollout.actions[t] = output.distribution.sample()
         rollout.log_probs[t] = output.distribution.log_prob(rollout.actions[t])

@@ -126,7 +126,7 @@ def main():
             rates = {}
             ways = {how: make(frame_skip=frame_skip, factor=factor, color=color) for how, make in WAYS.items()}
             for envs in ways.values():
-                envs.reset(seed=0)
+                envs.reset()
             for _ in range(args.rounds):
                 for how, envs in ways.items():
                     shape = envs.action_space.shape

@@ -50,7 +50,7 @@ CARD = """# {name}: a mean return of {greedy}
 | mean training return of 100 episodes over {solved:g} | {hit} |
 | greedy, 100 unseen seeds | {greedy}, {landed}{solved_rate:.0%} with {solved:g} or more |
 | sampled, the same seeds | {sampled} |
-{yardstick}| commit | {commit} |
+{yardstick}| commit | {commit} of the code; the settings are those of config.yaml |
 | parameters | {parameters:,} |
 | multiply-adds per decision | {multiply_adds:,} |
 
@@ -146,6 +146,7 @@ def facts(folder, name=None):
     if any((each["episodes"], each["seed"]) != (100, EVALUATION_SEED) for each in (report, sampled)):
         raise PublishError(f"{folder}: a result is scored over 100 episodes from seed {EVALUATION_SEED} on")
     machine = read_json(folder / "machine.json", "machine", "git_commit")
+    where = [machine, *machine.get("resumed", [])]
     solved = reached(metrics, config.env.task.solved)
     options = ", ".join(f"{key} {value}" for key, value in config.env.described().items() if key != "id")
     return {
@@ -155,13 +156,18 @@ def facts(folder, name=None):
         "hit": f"{solved[0] / 1e6:.2f} M frames, {solved[1] / 60:.0f} min" if solved else "not reached",
         "command": command(config, name),
         "frames": int(metrics["frames"][-1]), "minutes": metrics["speed/total_seconds"][-1] / 60,
-        "machine": machine["machine"], "commit": machine["git_commit"],
+        "machine": then(each["machine"] for each in where), "commit": then(each["git_commit"] for each in where),
         "greedy": score(report), "sampled": score(sampled),
         "landed": f"{report['landed_rate']:.0%} landed, " if "landed_rate" in report else "",
         "solved_rate": report["solved_rate"], "yardstick": yardstick(folder),
         "parameters": sum(p.numel() for p in policy.parameters()),
         "multiply_adds": multiply_adds(policy, config.ppo.segment_length),
     }
+
+
+def then(names):
+    """Where a run began and went on, each place once."""
+    return ", then ".join(dict.fromkeys(names))
 
 
 def yardstick(folder):
@@ -203,20 +209,19 @@ def draw(folder):
 
 def write_pages():
     """The page of each result, and their table in the README."""
-    for report in (HERE / "results").glob("*/report.json"):
-        folder = report.parent
-        (folder / "README.md").write_text(CARD.format(**facts(folder)))
+    found = [facts(report.parent) for report in (HERE / "results").glob("*/report.json")]
+    for each in found:
+        (HERE / "results" / each["name"] / "README.md").write_text(CARD.format(**each))
     readme = HERE / "README.md"
     before, _, rest = readme.read_text().partition(BEGIN)
     if END not in rest:
         raise PublishError(f"{readme}: has no place for the table, between {BEGIN} and {END}")
-    readme.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}")
+    readme.write_text(f"{before}{BEGIN}\n{table(found)}\n{END}{rest.partition(END)[2]}")
 
 
-def table():
-    """The results table in Markdown."""
-    found = [facts(report.parent) for report in (HERE / "results").glob("*/report.json")]
-    found.sort(key=lambda row: (row["id"] != ENV_ID, row["name"]))
+def table(found):
+    """The results table in Markdown. found: the `facts` of each result."""
+    found = sorted(found, key=lambda row: (row["id"] != ENV_ID, row["name"]))
     others = {f"{row['id']} {row['solved']:g}": 0 for row in found if row["id"] != ENV_ID}
     mark = f"{solved_mark(ENV_ID):g}" + (f" ({', '.join(others)})" if others else "")
     rows = [
@@ -236,6 +241,8 @@ def main(argv=None):
     parser.add_argument("name", nargs="?", help="folder under results/, named as its config file")
     parser.add_argument("--yardstick", type=Path, help="a run of benchmarks/yardstick.py in the same environment")
     args = parser.parse_args(argv)
+    if args.yardstick and not args.run:
+        parser.error("--yardstick belongs to a run")
     with one_line("publish.py"):
         if args.run:
             folders = [publish(args.run, args.name or Path(args.run).name)]

@@ -234,7 +234,7 @@ class Run:
         if frames < min(counters["next_evaluation"], self.config.ppo.total_frames):
             return
         if frames >= counters["next_evaluation"]:  # at the end it may not be
-            counters["next_evaluation"] += settings.interval
+            counters["next_evaluation"] = (frames // settings.interval + 1) * settings.interval
         seeds = range(SELECTION_SEED, SELECTION_SEED + settings.selection_episodes)
         self.flight = FlightRecorder()
         returns, _, outcomes = self.play(policy, self.config.env, seeds, recorder=self.flight)

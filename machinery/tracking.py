@@ -83,7 +83,7 @@ def git_commit(root):
 
 
 class Metrics:
-    """metrics.csv: one row per update, first column `frames`. The first row fixes the columns."""
+    """metrics.csv: one row per update, first column `frames`. A metric that comes later is nan in the rows before."""
 
     def __init__(self, path, queue=None):
         self.path, self.columns, self.queue = Path(path), None, queue or Queue("disk")
@@ -120,6 +120,13 @@ class Metrics:
         self.queue.put(row)
         self.flush()
 
+    def _add_columns(self, names):
+        columns, filler = [*self.columns, *names], ",nan" * len(names) + "\n"
+        if self.path.exists():
+            before = "".join(line.rstrip("\n") + filler for line, _ in self.rows())
+            write_atomically(self.path, (",".join(columns) + "\n" + before).encode())
+        self.columns = columns
+
     def flush(self):
         """Write the rows that wait, down to the disk; OSError leaves the file as it was.
 
@@ -128,6 +135,8 @@ class Metrics:
         rows = self.queue.waiting("disk")
         if not rows:
             return
+        if gained := list(dict.fromkeys(key for _, row in rows for key in row if key not in self.columns)):
+            self._add_columns(gained)
         lines = [",".join(str(row.get(key, math.nan)) for key in self.columns) + "\n" for _, row in rows]
         with open(self.path, "ab", buffering=0) as file:
             size = file.tell()
@@ -289,16 +298,24 @@ class Tracker:
             self._start_mlflow()
 
     def _tell_differences(self):
-        """A run is repeated bit for bit only by the same code, packages, machine and number of threads."""
+        """A run is repeated bit for bit only by the same code, packages, machine and number of threads.
+
+        machine.json says with which it began, and under `resumed` with which it went on, where they differ.
+        """
         file = self.folder / "machine.json"
         try:
-            before = dict(json.loads(file.read_text()))
+            started = dict(json.loads(file.read_text()))
+            resumed = list(started.pop("resumed", []))
+            before = dict(resumed[-1]) if resumed else started
         except (OSError, ValueError, TypeError):  # a new run, or a damaged file
-            before = self.tags
-        changed = [f"{key} was {before.get(key)}, is {now}" for key, now in self.tags.items() if before.get(key) != now]
+            started, resumed, before = self.tags, [], self.tags
+        changed = {key: now for key, now in self.tags.items() if before.get(key) != now}
         if changed:
-            print(f"this run began elsewhere, so it goes on well but not bit for bit: {'; '.join(changed)}")
-        write_atomically(file, (json.dumps(self.tags, indent=2) + "\n").encode())
+            told = "; ".join(f"{key} was {before.get(key)}, is {now}" for key, now in changed.items())
+            print(f"this run was elsewhere before, so it goes on well but not bit for bit: {told}")
+            resumed.append(self.tags)
+        written = started | ({"resumed": resumed} if resumed else {})
+        write_atomically(file, (json.dumps(written, indent=2) + "\n").encode())
 
     def _start_mlflow(self):
         from mlflow.entities import Param, RunTag
@@ -368,7 +385,7 @@ class Tracker:
         """Send a file, or what is in a folder, beside the training, to `folder` among the run's artifacts."""
         path = Path(path)
         job, jobs = (path.name, send_file, path, folder), self.sender.jobs["files"] if self.keeps_files else None
-        if jobs is not None and job not in list(jobs):  # a copy: the sender takes from it
+        if jobs is not None and job not in list(jobs)[1:]:  # a copy: the sender takes from it, and is at the first
             jobs.append(job)
 
     def score(self, metrics, frames, flight=None):

@@ -41,7 +41,8 @@ def watch(policy, config, play, seeds, sample_seed=None):
 
             def produce(send, seed=seed, panel=panel, results=results):
                 results.append(play(
-                    policy, config.env, [seed], sample_seed, rendered=True, recorder=LiveEpisode(panel, send)))
+                    policy, config.env, [seed], sample_seed=sample_seed, rendered=True,
+                    recorder=LiveEpisode(panel, send)))
 
             with made_ahead(produce, depth=max(round(AHEAD * task.fps), 2)) as pictures:
                 whole = window.show(pictures, task.fps, f"{title}, seed {seed}")

@@ -400,6 +400,15 @@ def test_interrupted_step_is_not_taken_for_the_next_one(pair, monkeypatch):
         pair.step(NOTHING)
 
 
+def test_what_a_vector_env_cannot_do_is_refused(pair):
+    with pytest.raises(ValueError, match="4 environments cannot be shared out evenly among 3 workers"):
+        make_vector_env(4, 3, **SETTINGS)
+    with pytest.raises(ValueError, match="seed and options belong to make_vector_env"):
+        pair.reset(seed=1)
+    with pytest.raises(TypeError, match="gravty: not among the options gravity, "):
+        Lander(1, 1, 8, False, gravty=-5.0)
+
+
 def test_actions_are_one_per_lander(pair):
     with pytest.raises(ValueError, match=r"actions of shape \(2, 2\), not \(4,\)"):
         pair.step(np.zeros((2, 2), int))

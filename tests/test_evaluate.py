@@ -14,7 +14,6 @@ from matplotlib.image import imread
 import evaluate
 from camera import shrink
 from frames import FrameStack
-from lander import Lander, RenderedLander
 from machinery.checkpoint import load_policy
 from machinery.video import VideoRecorder
 from runs import no_room
@@ -81,18 +80,18 @@ def test_report_equals_episodes_played_by_hand(weather, policy_file, tmp_path):
 def test_drawn_and_rendered_landers_score_alike(policy_file):
     policy, config, _ = load_policy(policy_file)
     for sample_seed in (None, 5):
-        drawn = evaluate.play(policy, config.env, range(4), sample_seed, Lander)
-        rendered = evaluate.play(policy, config.env, range(4), sample_seed, RenderedLander)
+        drawn = evaluate.play(policy, config.env, range(4), sample_seed=sample_seed)
+        rendered = evaluate.play(policy, config.env, range(4), sample_seed=sample_seed, rendered=True)
         for a, b in zip(drawn, rendered, strict=True):
             np.testing.assert_array_equal(a, b)
 
 
 def test_sampled_episodes_repeat_and_do_not_depend_on_their_neighbours(policy_file):
     policy, config, _ = load_policy(policy_file)
-    together = evaluate.play(policy, config.env, range(3), 5)[0]
-    again = evaluate.play(policy, config.env, range(3), 5)[0]
-    alone = [evaluate.play(policy, config.env, [seed], 5)[0][0] for seed in range(3)]
-    other = evaluate.play(policy, config.env, range(3), 6)[0]
+    together = evaluate.play(policy, config.env, range(3), sample_seed=5)[0]
+    again = evaluate.play(policy, config.env, range(3), sample_seed=5)[0]
+    alone = [evaluate.play(policy, config.env, [seed], sample_seed=5)[0][0] for seed in range(3)]
+    other = evaluate.play(policy, config.env, range(3), sample_seed=6)[0]
     assert together.tolist() == again.tolist() == alone != other.tolist()
 
 

@@ -10,7 +10,7 @@ import torch
 from test_evaluate import run_main
 
 import evaluate
-from lander import Lander
+from envs import make_env
 from layers import PLACES
 from machinery import panel
 from machinery.checkpoint import build_policy, load_policy
@@ -39,7 +39,7 @@ def policy_and_frames(overrides, decisions=6):
     if config.model.eye == "colour":
         policy.eye.direction.copy_(torch.tensor([0.33, -0.81, 0.48]))
     torch.nn.init.normal_(policy.actor.weight)
-    lander = Lander(**config.env.settings())
+    lander = make_env(**config.env.settings())
     frames = lander.reset(1_000_003)
     for i in range(decisions):
         frames = lander.step(i % 4)[0]
@@ -82,7 +82,10 @@ def test_attention_is_that_of_the_newest_step_in_the_last_layer(name):
     scores = torch.einsum("hd,shd->hs", query[-1], key) / key.shape[-1] ** 0.5
     assert insight.attention.shape == (heads, 4)
     torch.testing.assert_close(torch.from_numpy(insight.attention), scores.softmax(1), atol=1e-5, rtol=1e-4)
-    assert not policy.over_time.layers[-1].self_attn._forward_pre_hooks
+    calls = []
+    attention.register_forward_pre_hook(lambda *_: calls.append(1))
+    policy(*policy.preprocess_stacks(frames[None]))
+    assert len(calls) == 1  # that of the decision itself: looking inside left nothing behind
 
 
 @pytest.mark.parametrize("overrides", POLICIES.values(), ids=POLICIES)

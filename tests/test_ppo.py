@@ -1,5 +1,7 @@
 """The numbers of PPO: advantages, loss and diagnostics against hand-made cases, and environments only PPO can solve."""
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
@@ -116,6 +118,61 @@ class ScriptedEnvs:
                                 torch.zeros(len(frames), dtype=torch.int64))
         self.ended = len(collect(self, policy, rollout, frames, 1.0, FP32)[1]["episodes"])
         return rollout
+
+
+class StackedEnvs:
+    """Two landers in frames of brightness 10 t + n; the episode of the second ends with decision 1."""
+
+    def __init__(self):
+        self.stacks, self.time = np.array([[0] * 3, [1] * 3]), 0
+
+    def shown(self):
+        return torch.from_numpy(self.stacks.astype(np.uint8).reshape(2, 3, 1, 1))
+
+    def step(self, actions):
+        self.time += 1
+        newest, ended = 10 * self.time + np.arange(2), np.array([False, self.time == 2])
+        self.stacks = np.concatenate([self.stacks[:, 1:], newest[:, None]], 1)
+        self.stacks[ended] = newest[ended][:, None]
+        info = {"env_frames": np.ones(2, int), "episode": {"return_mean": np.zeros(2)}}
+        return self.shown().numpy(), np.zeros(2), ended, np.zeros_like(ended), info
+
+
+def test_each_decision_sees_the_stack_that_its_environment_showed():
+    envs, policy = StackedEnvs(), Brightness()
+    rollout = Rollout.empty(4, 3, policy.preprocess(envs.shown()[:, :1]), torch.zeros(2, dtype=torch.int64))
+    collect(envs, policy, rollout, envs.shown(), 1.0, FP32)
+    assert rollout.frame_ids[:, 0].tolist() == [[0, 2, 4], [2, 4, 6], [4, 6, 8], [6, 8, 10]]
+    assert rollout.frame_ids[:, 1].tolist() == [[1, 3, 5], [3, 5, 7], [9, 9, 9], [9, 9, 11]]  # as collect tells
+    seen = rollout.frame_store["frames"][rollout.frame_ids, 0]  # (T, N, S)
+    assert seen[:, 0].tolist() == [[0, 0, 0], [0, 0, 10], [0, 10, 20], [10, 20, 30]]
+    assert seen[:, 1].tolist() == [[1, 1, 1], [1, 1, 11], [21, 21, 21], [21, 21, 31]]
+
+
+def test_a_minibatch_holds_segments_of_one_lander():
+    """Three decisions in a row each, of two landers that play six; both passes see each decision once."""
+    policy, seen = TinyPolicy(), []
+    rollout = Rollout.empty(6, 1, {"frames": torch.zeros(2, 1)}, torch.zeros(2, dtype=torch.int64))
+    rollout.frame_ids[:] = torch.arange(12).view(6, 2, 1)  # of decision t of lander n: 2 t + n
+    policy.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1][:, 0]))
+    update(policy, torch.optim.SGD(policy.parameters(), lr=0.1), rollout,
+           PPO(update_epochs=2, num_minibatches=2, segment_length=3), 0.0, FP32, torch.Generator().manual_seed(0))
+    assert [len(decisions) for decisions in seen] == [6] * 4
+    passes = torch.stack(seen).view(2, 4, 3)  # four segments each
+    assert {tuple(segment) for each in passes for segment in each.tolist()} == {
+        (0, 2, 4), (1, 3, 5), (6, 8, 10), (7, 9, 11)}
+    assert [each.unique().tolist() for each in passes] == [list(range(12))] * 2
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["discrete", "continuous"])
+def test_outputs_that_are_not_finite_stop_the_rollout(kind, bad):
+    envs = ScriptedEnvs(terminated=[[0]], truncated=[[0]], frames=[[0], [0]], final=0)
+    numbers = torch.tensor([[0.0, bad]])
+    likeliest = Categorical(numbers) if kind == "discrete" else DiagonalGaussian(numbers, torch.zeros(2))
+    with (patch.object(Brightness, "forward", lambda *_: PolicyOutput(likeliest, torch.zeros(1))),
+          pytest.raises(FloatingPointError, match="the policy's logits or values are not finite")):
+        envs.collected()
 
 
 def hand_made_batch():

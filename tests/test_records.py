@@ -1,5 +1,6 @@
 """Records of a run whatever happens to them: metrics.csv, MLflow's store, the streams that messages go to."""
 
+import json
 import os
 import sqlite3
 import subprocess
@@ -59,6 +60,32 @@ def test_header_that_a_full_disk_refused(tmp_path):
         metrics.append({"frames": 1, "update/entropy": 0.5})
     metrics.append({"frames": 2, "update/entropy": 0.5})
     assert metrics.path.read_text() == HEADER + "1,0.5\n2,0.5\n"
+
+
+def test_a_metric_that_comes_later_is_nan_in_the_rows_before(tmp_path):
+    path = tmp_path / "metrics.csv"
+    Metrics(path).append({"frames": 1, "update/entropy": 0.5})
+    metrics, longer = Metrics(path), {"frames": 2, "rollout/fuel_mean": 3.0, "update/entropy": 0.25}
+    with no_room(), pytest.raises(OSError, match="File too large"):
+        metrics.append(longer)
+    assert path.read_text() == HEADER + "1,0.5\n"
+    metrics.append({"frames": 3, "update/entropy": 0.125})
+    assert path.read_text() == "frames,update/entropy,rollout/fuel_mean\n1,0.5,nan\n2,0.25,3.0\n3,0.125,nan\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_machine_json_says_where_a_run_began_and_where_it_went_on(tmp_path, monkeypatch, capsys):
+    file, quiet = tmp_path / "machine.json", load_config(None, ["tracking.mlflow=false"])
+    with Tracker(quiet, tmp_path, threads=1):
+        began = json.loads(file.read_text())
+    for _ in range(2):
+        with Tracker(quiet, tmp_path, threads=2):
+            pass
+    assert json.loads(file.read_text()) == began | {"resumed": [began | {"threads": "2"}]}
+    assert capsys.readouterr().out.count("threads was 1, is 2") == 1
+    with Tracker(quiet, tmp_path, threads=1):
+        pass
+    assert [each["threads"] for each in json.loads(file.read_text())["resumed"]] == ["2", "1"]
 
 
 @pytest.mark.parametrize("damage", [b"3,0.", b"3\n", b"\n", b"\0\0\0\0", b"\0\0\n", b"\xff,1\n", b"3,words\n"])
@@ -237,5 +264,5 @@ def test_what_mlflow_lacks_is_sent_when_the_run_goes_on(tmp_path, capsys):
                     tracker.log({"update/entropy": again / 2, "update/absent": float("nan")}, again)
         assert steps(run_id) == list(range(1, frames + 1))
     assert client.get_run(run_id).info.status == "FINISHED"
-    assert len(metrics.rows()) == 4
+    assert len(Metrics(metrics.path).rows()) == 4
     assert "update/absent" not in client.get_run(run_id).data.metrics

@@ -43,7 +43,8 @@ def rendered_frames(policy, config, seed, sample_seed=None):
         def end(self, *_):
             pass
 
-    return frames, evaluate.play(policy, config.env, [seed], sample_seed, rendered=True, recorder=Recorder())
+    return frames, evaluate.play(
+        policy, config.env, [seed], sample_seed=sample_seed, rendered=True, recorder=Recorder())
 
 
 class Screen:
