@@ -17,14 +17,13 @@ To add a policy, subclass Policy, or Temporal, and name it in POLICIES at the en
 """
 
 import math
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 from torch.nn import functional as F
 
@@ -42,6 +41,7 @@ from layers import (
     take,
     transformer,
 )
+from settings import Strict
 
 LOG_STD = -0.5  # of continuous actions at the start: a deviation of 0.6, where actions lie between -1 and 1
 EYE_STACKS, EYE_COEF = 2, 0.1  # a learned eye goes on learning: from so many stacks of each minibatch, so weighted
@@ -144,52 +144,6 @@ class PolicyOutput:
     losses: dict = field(default_factory=dict)  # auxiliary losses by name, scalars, weighted; update adds and logs them
 
 
-# YAML 1.2's words for what is neither text nor number.
-WORDS = {
-    "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
-    "null": None, "Null": None, "NULL": None, "~": None, "": None}
-
-
-def read_text(value, annotation):
-    """The text of a YAML file as what a setting of that type asks for; unchanged if it is no such thing, or no text."""
-    if isinstance(value, list):
-        return [read_text(item, annotation) for item in value]
-    if isinstance(value, dict):
-        return {key: read_text(item, annotation) for key, item in value.items()}
-    if not isinstance(value, str):
-        return value
-    parts = get_args(annotation) or [annotation]  # of X | None, Literal[...], list[X] and dict[str, X]
-    kinds = {part if isinstance(part, type) else type(part) for part in parts}
-    if Any in parts:  # whatever it looks like
-        kinds = {bool, type(None), int, float}
-    if type(word := WORDS.get(value, value)) in kinds:
-        return word
-    if kinds & {int, float}:
-        with suppress(ValueError):
-            return int(value) if int in kinds else float(value)
-        with suppress(ValueError):
-            number = float(value)  # a whole number may be written 2e6 or 32.0
-            return int(number) if number.is_integer() and float not in kinds else number
-    return value
-
-
-class Strict(BaseModel):
-    """Settings that know their keys and take nothing for what it is not, such as true for 1, or `on` for true.
-
-    A value comes with its type, or as the text of a YAML file.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_texts(cls, settings):
-        if not isinstance(settings, dict):
-            return settings
-        fields = cls.model_fields.items()
-        return settings | {key: read_text(settings[key], field.annotation) for key, field in fields if key in settings}
-
-
 class Policy(nn.Module):
     """The base of all policies: the eye, the mirror, and the two heads on one hidden layer.
 
@@ -222,6 +176,8 @@ class Policy(nn.Module):
             if isinstance(options, dict) and str(options.get("glimpse")) == "0" and "eye" not in options:
                 return {key: value for key, value in options.items() if key != "glimpse"} | {"eye": "none"}
             return options
+
+    packages = ()  # that it needs besides PyTorch
 
     def __init__(self, options, spaces):
         super().__init__()
@@ -537,6 +493,8 @@ class TemporalResNet(Temporal):
     normalisation always uses fixed statistics, those of the pretrained weights or, without, of the first frames of
     random play, so that collecting and updating see the same function.
     """
+
+    packages = ("torchvision",)
 
     class Options(Temporal.Options):
         name: Literal["temporal_resnet"] = Field("temporal_resnet", description="which policy: a name in POLICIES")

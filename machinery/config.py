@@ -20,7 +20,8 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_va
 from pydantic_core import PydanticCustomError
 
 from machinery.errors import UserError
-from models import POLICIES, Strict
+from models import POLICIES
+from settings import Strict
 from task import CALM, ENV_ID, TaskError, find_task
 
 Probability = Annotated[float, Field(ge=0, le=1)]

@@ -144,11 +144,10 @@ def save_model(folder, file, model_id=None, run_id=None):
     signature = ModelSignature(
         Schema([TensorSpec(np.dtype("uint8"), (-1, *stack))]), Schema([actions]),
         ParamSchema([ParamSpec("outputs", DataType.string, "actions")]))
-    packages = ["mlflow", "torch", "safetensors", "numpy", "pydantic"]
-    packages += ["torchvision"] if config.model.name == "temporal_resnet" else []
+    packages = ["mlflow", "torch", "safetensors", "numpy", "pydantic", *policy.packages]
     mlflow.pyfunc.save_model(
         folder, python_model=ROOT / "machinery" / "policy_model.py",
-        code_paths=[str(ROOT / name) for name in ("models.py", "layers.py", "eyes.py")],
+        code_paths=[str(ROOT / name) for name in ("models.py", "layers.py", "eyes.py", "settings.py")],
         artifacts={"policy": str(file)}, signature=signature, input_example=np.zeros((1, *stack), np.uint8),
         pip_requirements=[f"{package}=={version(package).partition('+')[0]}" for package in packages],
         model_config={

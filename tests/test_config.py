@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from machinery.checkpoint import save_config
 from machinery.config import Config, ConfigError, Env, changed_keys, check_config, known_keys, load_config
 from machinery.errors import UserError
-from models import POLICIES, Strict
+from models import POLICIES
+from settings import Strict
 from task import CALM, ENV_ID
 
 ROOT = Path(__file__).parent.parent
