@@ -32,7 +32,7 @@ def rollouts():
     torch.manual_seed(0)
     policy, found = build_policy(CONFIG), []
     for rank in range(PROCESSES):
-        envs = make_vector_env(seed=1, first_env=rank * LANDERS, **CONFIG.env.model_dump())
+        envs = make_vector_env(LANDERS, 1, seed=1, first_env=rank * LANDERS, **CONFIG.env.settings())
         frames = torch.from_numpy(envs.reset()[0])
         if rank == 0:
             frames = torch.from_numpy(envs.step(np.zeros(LANDERS, int))[0])
