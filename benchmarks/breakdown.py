@@ -133,9 +133,10 @@ def main():
         sys.exit(f"breakdown.py: {error}")
     env, ppo, seconds = config.env, config.ppo, args.seconds
     decisions = env.num_envs * ppo.num_steps
-    settings = env.settings()
-    if settings.pop("env_id") != ENV_ID or env.continuous:
+    if env.id != ENV_ID or env.continuous:
         sys.exit(f"breakdown.py: it measures {ENV_ID} with discrete actions, not {args.config}")
+    settings = env.settings()
+    del settings["env_id"]
     group = env.num_envs // env.num_workers
 
     own = at_once(partial(steps, seconds), CORES)

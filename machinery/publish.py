@@ -171,7 +171,7 @@ def then(names):
 
 
 def yardstick(folder):
-    """The row of a card that says what the same PPO reached with state vectors, if that was measured."""
+    """The row of a card that says what PPO reached with state vectors, if that was measured."""
     file = folder / YARDSTICK
     if not file.exists():
         return ""

@@ -111,7 +111,7 @@ class Metrics:
                 self.path.rename(self.path.with_suffix(".csv.damaged"))
             return 0
         kept = [(line, row) for line, row in self.rows() if row[0] <= frames]
-        write_atomically(self.path, (",".join(self.columns) + "\n" + "".join(line for line, _ in kept)).encode())
+        self._write(self.columns, [line for line, _ in kept])
         return kept[-1][1][0] if kept else 0
 
     def append(self, row):
@@ -120,11 +120,14 @@ class Metrics:
         self.queue.put(row)
         self.flush()
 
+    def _write(self, columns, lines):
+        """The whole file anew."""
+        write_atomically(self.path, (",".join(columns) + "\n" + "".join(lines)).encode())
+
     def _add_columns(self, names):
         columns, filler = [*self.columns, *names], ",nan" * len(names) + "\n"
         if self.path.exists():
-            before = "".join(line.rstrip("\n") + filler for line, _ in self.rows())
-            write_atomically(self.path, (",".join(columns) + "\n" + before).encode())
+            self._write(columns, [line.rstrip("\n") + filler for line, _ in self.rows()])
         self.columns = columns
 
     def flush(self):

@@ -74,7 +74,7 @@ def test_a_metric_that_comes_later_is_nan_in_the_rows_before(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_machine_json_says_where_a_run_began_and_where_it_went_on(tmp_path, monkeypatch, capsys):
+def test_machine_json_says_where_a_run_began_and_where_it_went_on(tmp_path, capsys):
     file, quiet = tmp_path / "machine.json", load_config(None, ["tracking.mlflow=false"])
     with Tracker(quiet, tmp_path, threads=1):
         began = json.loads(file.read_text())
