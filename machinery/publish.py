@@ -177,7 +177,7 @@ def yardstick(folder):
         return ""
     report = read_json(file, "policy", "return_mean", "return_ci95")
     landed = f", {report['landed_rate']:.0%} landed" if "landed_rate" in report else ""
-    return f"| PPO on the {report['policy']}, greedy, the same seeds | {score(report)}{landed} |\n"
+    return f"| the same PPO on the {report['policy']}, greedy, the same seeds | {score(report)}{landed} |\n"
 
 
 def publish(run, name):
