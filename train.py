@@ -263,14 +263,14 @@ def update(policy, optimizer, rollout, ppo, entropy_coef, autocast, generator, p
 
 
 def schedule(ppo, env_frames, late):
-    """Learning rate and entropy coefficient now: linear warm-up and annealing; in the late stage, both times a factor.
+    """Learning rate and entropy coefficient now: warm-up and annealing; in the late stage, both times a factor.
 
     `Trainer.iterate` decides when that begins. A policy that lands improves faster with small steps and no bonus.
     """
-    remaining = max(1 - env_frames / ppo.total_frames, 0) if ppo.anneal else 1
+    remaining = max(1 - env_frames / ppo.total_frames, 0)
     warmup = min((env_frames + 1) / ppo.warmup_frames, 1) if ppo.warmup_frames else 1
     return (
-        ppo.learning_rate * remaining * warmup * (ppo.late_learning_rate if late else 1),
+        ppo.learning_rate * remaining**ppo.anneal * warmup * (ppo.late_learning_rate if late else 1),
         ppo.entropy_coef * (ppo.late_entropy if late else 1))
 
 

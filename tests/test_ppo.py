@@ -260,13 +260,16 @@ def test_explained_variance():
 
 def test_schedule_warms_up_anneals_and_knows_the_late_stage():
     ppo = PPO(learning_rate=1e-3, entropy_coef=0.01, total_frames=100, late_learning_rate=0.5, late_entropy=0.1)
-    warm = ppo.model_copy(update={"anneal": False, "warmup_frames": 10})
+    warm = ppo.model_copy(update={"anneal": 0, "warmup_frames": 10})
     assert [schedule(warm, frames, False)[0] for frames in (0, 4, 9, 50)] == pytest.approx([1e-4, 5e-4, 1e-3, 1e-3])
     assert schedule(ppo, 0, False) == pytest.approx((1e-3, 0.01))
     assert schedule(ppo, 75, False) == pytest.approx((2.5e-4, 0.01))
     assert schedule(ppo, 75, True) == pytest.approx((1.25e-4, 0.001))
     assert schedule(ppo, 120, False)[0] == 0
-    assert schedule(ppo.model_copy(update={"anneal": False}), 75, False)[0] == 1e-3
+    assert schedule(ppo.model_copy(update={"anneal": 0}), 75, False)[0] == 1e-3
+    assert schedule(ppo.model_copy(update={"anneal": 2}), 75, False)[0] == pytest.approx(6.25e-5)
+    # Runs from before it was a power say true or false.
+    assert (PPO(anneal=True).anneal, PPO(anneal=False).anneal) == (1, 0)
 
 
 class ProbeEnvs:

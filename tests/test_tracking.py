@@ -288,7 +288,7 @@ def test_trouble_is_told_while_training_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("machinery.run.LANDER_MILESTONES", MILESTONES)
     monkeypatch.setattr("machinery.diagnostics.LONG", 3)
     train.main(["--config", str(CONFIG), *TINY, "evaluation.episodes=0", "tracking.mlflow=false", "run.name=x",
-                "ppo.learning_rate=1e-9", "ppo.anneal=false"])
+                "ppo.learning_rate=1e-9", "ppo.anneal=0"])
     output = capsys.readouterr().out
     said = [line for line in output.splitlines() if "clip fraction is" in line]
     assert len(said) == 1

@@ -192,7 +192,7 @@ def test_learning_shows_in_a_minute(tmp_path):
 
 
 def test_the_late_stage_begins_with_a_hundred_good_episodes_and_stays(tmp_path):
-    config = load_config(CONFIG, [*TINY, "ppo.late_return=180", "ppo.late_learning_rate=0.5", "ppo.anneal=false"])
+    config = load_config(CONFIG, [*TINY, "ppo.late_return=180", "ppo.late_learning_rate=0.5", "ppo.anneal=0"])
     trainer = Trainer(config)
     try:
         seen = []
