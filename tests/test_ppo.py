@@ -270,6 +270,8 @@ def test_schedule_warms_up_anneals_and_knows_the_late_stage():
     assert schedule(ppo.model_copy(update={"anneal": 2}), 75, False)[0] == pytest.approx(6.25e-5)
     # Runs from before it was a power say true or false.
     assert (PPO(anneal=True).anneal, PPO(anneal=False).anneal) == (1, 0)
+    with pytest.raises(ValueError, match="valid number"):
+        PPO(anneal="no")
 
 
 class ProbeEnvs:
