@@ -27,16 +27,25 @@ def autocast_dtype(device):
     return torch.get_autocast_dtype(device.type) if enabled else torch.float32
 
 
-def take(pictures, rows, mirrored=None):
-    """pictures[rows], seen in the mirror where `mirrored`. uint8 (N, C, h, w), int64 (B,), bool (B,) -> (B, C, h, w).
+def take(pictures, views):
+    """Of pictures (N, V, C, h, w) those of `views`, int64 (B,): 2 * row, + 1 for that in the mirror -> (B, C, h, w).
 
-    index_select copies whole rows, where indexing and torch.where go byte by byte and take ten times as long.
+    V is 2, or 1 if nothing is ever seen in the mirror. index_select copies whole pictures, where indexing goes byte by
+    byte and takes ten times as long.
     """
-    pictures = pictures.index_select(0, rows)
-    if mirrored is None:
-        return pictures
-    turned = mirrored.nonzero()[:, 0]
-    return pictures.index_copy_(0, turned, pictures.index_select(0, turned).flip(3))
+    return pictures.flatten(0, 1).index_select(0, views if pictures.shape[1] == 2 else views // 2)
+
+
+class PixelConv(nn.Conv2d):
+    """A convolution, without padding, of pixels that it takes as -0.25 to 0.75 where they are 0 to 255.
+
+    Not the pixels are scaled but, which is the same and costs nothing, the weights.
+    """
+
+    def forward(self, pictures):
+        """Pixels 0 to 255, (B, inputs, h, w) -> (B, outputs, h', w')."""
+        bias = self.bias - 0.25 * self.weight.sum((1, 2, 3))
+        return F.conv2d(pictures, self.weight / 255, bias, self.stride)
 
 
 class MirrorConv(nn.Conv2d):

@@ -32,6 +32,7 @@ from layers import (
     PLACE_WIDTH,
     PLACES,
     AttentionPool,
+    PixelConv,
     autocast_dtype,
     channels_last,
     convolve_changes,
@@ -233,16 +234,17 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def preprocess(self, frames):
-        """Single frames, uint8 (B, planes, H, W) -> {"pictures": uint8 (B, planes, h, w), "positions": (B, M)}.
+        """Single frames, uint8 (B, planes, H, W) -> {"pictures": uint8 (B, V, planes, h, w), "positions": (B, M)}.
 
-        Positions are the M = num_measures numbers that the eye says. A learned eye needs the whole frames, too, to go
-        on learning from.
+        V = 2: as seen, and with model.mirror as seen in the mirror; else 1. Positions are the M = num_measures numbers
+        that the eye says. A learned eye needs the whole frames, too, to go on learning from.
         """
         if self.eye is None:
-            nowhere = torch.zeros(len(frames), self.num_measures, device=frames.device)
-            return {"pictures": frames, "positions": nowhere}
-        pictures, positions = self.eye(frames)
-        frame_store = {"pictures": pictures, "positions": positions}
+            pictures, positions = frames, torch.zeros(len(frames), self.num_measures, device=frames.device)
+        else:
+            pictures, positions = self.eye(frames)
+        views = [pictures, pictures.flip(3)] if self.options.mirror else [pictures]
+        frame_store = {"pictures": torch.stack(views, 1), "positions": positions}
         return frame_store | {"frames": frames} if self.options.eye == "learned" else frame_store
 
     def preprocess_stacks(self, stacks):
@@ -375,7 +377,7 @@ class CNN(Policy):
             flat = self.pool.outputs
         else:
             self.convs = nn.Sequential(
-                orthogonal(nn.Conv2d(planes, channels, 4, stride=2)), nn.ReLU(),
+                orthogonal(PixelConv(planes, channels, 4, stride=2)), nn.ReLU(),
                 orthogonal(nn.Conv2d(channels, 2 * channels, 3, stride=2)), nn.ReLU(),
                 orthogonal(nn.Conv2d(2 * channels, 2 * channels, 3)), nn.ReLU(), nn.Flatten())
             flat = self.convs(torch.zeros(1, planes, *self.picture_size)).shape[1]
@@ -385,15 +387,13 @@ class CNN(Policy):
 
     def maps(self, frame_store, frame_ids, mirrored=None):
         """What the convolutions make of the stacked pictures, in the mirror where `mirrored`: float (B, ...)."""
-        turned = None if mirrored is None else mirrored.repeat_interleave(self.spaces.frame_stack)
-        pictures = take(frame_store["pictures"], frame_ids.flatten(), turned)  # (B * S, planes, h, w)
+        views = 2 * frame_ids if mirrored is None else 2 * frame_ids + mirrored[:, None]
+        pictures = take(frame_store["pictures"], views.flatten())  # (B * S, planes, h, w)
         pictures = pictures.view(len(frame_ids), -1, *self.picture_size)  # (B, S * planes, h, w)
-        if self.attends:
-            return self.convs(channels_last(pictures, autocast_dtype(pictures.device)))
-        return self.convs(channels_last(pictures).div_(255).sub_(0.25))
+        return self.convs(channels_last(pictures, autocast_dtype(pictures.device)))
 
     def features(self, frame_store, frame_ids, mirrored):
-        seen = self.maps(frame_store, frame_ids, mirrored if self.options.mirror else None)
+        seen = self.maps(frame_store, frame_ids, mirrored)
         what = self.what(self.pool(seen) if self.attends else seen).float()
         return what if self.options.tilt else torch.cat([what, self.told(frame_store, frame_ids, mirrored)], 1)
 
@@ -446,8 +446,8 @@ class Temporal(Policy):
         return super().preprocess(frames) | {"embeddings": blank, "embedded": blank[..., 0] > 0}
 
     def pictures(self, frame_store, views):
-        """What the encoder reads. views int64 (V,): 2 * row, + 1 in the mirror -> float (V, 3, h, w) in 0..1."""
-        pictures = take(frame_store["pictures"], views // 2, views % 2 == 1)
+        """What the encoder reads. views int64 (B,): 2 * row, + 1 in the mirror -> float (B, 3, h, w) in 0..1."""
+        pictures = take(frame_store["pictures"], views)
         return channels_last(pictures.expand(-1, 3, -1, -1)).div_(255)  # gray becomes three equal planes
 
     def encode(self, frame_store, views):
@@ -624,14 +624,15 @@ class TemporalResNet(Temporal):
         """With a frozen part, its maps of the picture and of its mirror image stand in the picture's place."""
         frame_store = super().preprocess(frames)
         if self.frozen:
-            views = torch.arange(2 * len(frames), device=frames.device)
+            pictures = frame_store["pictures"]
+            views = torch.arange(0, 2 * len(frames), 2 // pictures.shape[1], device=frames.device)
             maps = self.run(self.frozen, self.prepare(super().pictures(frame_store, views)))
-            frame_store["pictures"] = maps.unflatten(0, (-1, 2))  # (B, 2, c, h, w)
+            frame_store["pictures"] = maps.unflatten(0, pictures.shape[:2])  # (B, V, c, h, w)
         return frame_store
 
     def pictures(self, frame_store, views):
         if self.frozen:
-            return frame_store["pictures"].flatten(0, 1)[views]
+            return take(frame_store["pictures"], views)
         return self.prepare(super().pictures(frame_store, views))
 
     def parts_of_other_rate(self):
@@ -702,8 +703,8 @@ class Transformer(Temporal):
 
     def changes(self, frame_store, views):
         """Each picture after the one before it, as pixels 0 to 255: views int64 (V,) -> float (V, 6, h, w)."""
-        rows = torch.stack([frame_store["before"][views // 2], views // 2], 1).flatten()
-        pictures = take(frame_store["pictures"], rows, (views % 2 == 1).repeat_interleave(2)).expand(-1, 3, -1, -1)
+        rows = torch.stack([frame_store["before"][views // 2], views // 2], 1)
+        pictures = take(frame_store["pictures"], (2 * rows + views[:, None] % 2).flatten()).expand(-1, 3, -1, -1)
         return channels_last(pictures.unflatten(0, (-1, 2)).flatten(1, 2), autocast_dtype(pictures.device))
 
     def preprocess(self, frames):

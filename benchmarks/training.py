@@ -129,7 +129,7 @@ class NatureCNN(Policy):
         self.actor, self.critic = orthogonal(nn.Linear(UNITS, 4), 0.01), orthogonal(nn.Linear(UNITS, 1), 1.0)
 
     def forward(self, frame_store, frame_ids, minibatch=None):
-        pictures = take(frame_store["pictures"], frame_ids.flatten()).view(len(frame_ids), -1, *self.picture_size)
+        pictures = take(frame_store["pictures"], 2 * frame_ids.flatten()).view(len(frame_ids), -1, *self.picture_size)
         pictures = channels_last(pictures).div_(255)  # (B, 4, h, w)
         hidden = self.network(pictures).float()
         return PolicyOutput(Distribution(self.actor(hidden)), self.critic(hidden)[:, 0])

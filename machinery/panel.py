@@ -54,7 +54,7 @@ def look_inside(policy, frames, action):
     ResNet it is that of the frozen part's maps, since nothing before them is differentiated.
     """
     singles = frames.unflatten(0, (policy.spaces.frame_stack, policy.spaces.planes))  # (S, C, H, W)
-    pictures = Policy.preprocess(policy, singles)["pictures"].permute(0, 2, 3, 1)
+    pictures = Policy.preprocess(policy, singles)["pictures"][:, 0].permute(0, 2, 3, 1)
     corners = policy.eye.find(singles)[1].cpu().numpy() if policy.eye else None
     frame_store, frame_ids = policy.preprocess_stacks(frames[None])
     pixels = frame_store["pictures"] = frame_store["pictures"].float().requires_grad_()  # bytes have no gradient
@@ -62,9 +62,8 @@ def look_inside(policy, frames, action):
         distribution = policy(frame_store, frame_ids).distribution
         outputs = distribution.mean[0] if policy.spaces.continuous else distribution.logits[0, action][None]
         gradients = [torch.autograd.grad(output, pixels, retain_graph=True)[0] for output in outputs]
-    newest = sum(gradient[-1].abs() for gradient in gradients)
-    if newest.ndim == 4:  # maps of the picture and of its mirror image, one of which was used
-        newest = newest[0] + newest[1].flip(2)
+    # As seen, and in the mirror: with an eye it decides on one of them, without one on both.
+    newest = sum((gradient[-1, 0] + gradient[-1, 1:].flip(3).sum(0)).abs() for gradient in gradients)
     weights = attention[-1] if attention else None
     if attention:  # which may leave out the oldest frame
         weights = np.pad(weights, ((0, 0), (policy.spaces.frame_stack - weights.shape[1], 0)))

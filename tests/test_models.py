@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lander import Lander
-from layers import PLACE_WIDTH, PLACES, AttentionPool, ChangeConv, MirrorConv, mirror_image, take
+from layers import PLACE_WIDTH, PLACES, AttentionPool, ChangeConv, MirrorConv, PixelConv, mirror_image, take
 from machinery.config import ConfigError, check_config, load_config
 from models import (
     POLICIES,
@@ -64,9 +64,17 @@ def calibrated(name, frames, **options):
 
 def test_pictures_are_taken_as_they_are_or_in_the_mirror():
     pictures = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 2, 3, 4), dtype=np.uint8))
-    taken = take(pictures, torch.tensor([4, 0, 4]), torch.tensor([True, False, False]))
+    both = torch.stack([pictures, pictures.flip(3)], 1)
+    taken = take(both, torch.tensor([9, 0, 8]))
     assert torch.equal(taken, torch.stack([pictures[4].flip(2), pictures[0], pictures[4]]))
-    assert torch.equal(take(pictures, torch.tensor([4, 0])), pictures[[4, 0]])
+    assert torch.equal(take(pictures[:, None], torch.tensor([8, 0])), pictures[[4, 0]])
+
+
+def test_a_convolution_of_pixels_is_that_of_scaled_pixels():
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 6, 9, 8), dtype=np.uint8)).float()
+    conv = PixelConv(6, 4, 3, stride=2)
+    expected = F.conv2d(pixels / 255 - 0.25, conv.weight, conv.bias, stride=2)
+    torch.testing.assert_close(conv(pixels), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -226,7 +234,7 @@ def test_mirrored_glimpses_give_mirrored_actions(name, options, frames):
     nn.init.normal_(policy.actor.weight)
     frame_store, frame_ids = policy.preprocess_stacks(frames)
     other, _ = policy.preprocess_stacks(frames)
-    other["pictures"] = other["pictures"].flip(3)
+    other["pictures"] = other["pictures"].flip(4)
     turned = [-1.0, 1.0, -1.0, 1.0] if policy.options.tilt else [-1.0, 1.0]
     other["positions"] = other["positions"] * torch.tensor(turned).repeat(policy.options.glimpses)
     with torch.no_grad():
@@ -273,7 +281,7 @@ def test_with_a_tilt_decisions_read_it_beside_the_features(name, frames):
 def test_the_places_attended_to_are_those_of_the_picture_also_if_it_is_seen_in_the_mirror(name, frames):
     policy = calibrated(name, frames, pooling="attention").eval()
     (frame_store, frame_ids), (other, _) = (policy.preprocess_stacks(frames) for _ in range(2))
-    other["pictures"] = other["pictures"].flip(3)
+    other["pictures"] = other["pictures"].flip(4)
     other["positions"] = other["positions"] * torch.tensor([-1.0, 1.0])
     with torch.no_grad():
         there, turned = policy.attended(frame_store, frame_ids), policy.attended(other, frame_ids)
@@ -362,7 +370,7 @@ def test_stored_maps_of_a_frozen_part_equal_recomputation(frames):
     """Bit for bit: the maps that the rollout stores are those of the frozen ResNet, seen plainly and in the mirror."""
     policy = calibrated("temporal_resnet", frames, frozen="layer1")
     frame_store = policy.preprocess(frames[:, -3:])
-    plain = Policy.preprocess(policy, frames[:, -3:])["pictures"].float() / 255
+    plain = Policy.preprocess(policy, frames[:, -3:])["pictures"][:, 0].float() / 255
     both = torch.stack([plain, plain.flip(3)], 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         maps = policy.resnet["layer1"](policy.resnet["stem"]((both - policy.mean) / policy.std))
@@ -466,7 +474,7 @@ def test_mirrored_glimpses_give_mirrored_thrusts(name, frames):
     nn.init.normal_(policy.eval().actor.weight)
     frame_store, frame_ids = policy.preprocess_stacks(frames)
     other, _ = policy.preprocess_stacks(frames)
-    other["pictures"] = other["pictures"].flip(3)
+    other["pictures"] = other["pictures"].flip(4)
     other["positions"] = other["positions"] * torch.tensor([-1.0, 1.0])
     with torch.no_grad():
         one, mirrored = policy(frame_store, frame_ids), policy(other, frame_ids)

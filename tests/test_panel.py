@@ -57,7 +57,9 @@ def test_saliency_is_the_slope_of_the_chosen_logit(overrides, mirror):
     def logit(y, x, plane, change):
         frame_store, frame_ids = policy.preprocess_stacks(frames[None])
         frame_store["pictures"] = frame_store["pictures"].double()
-        frame_store["pictures"][-1, plane, y, x] += change
+        frame_store["pictures"][-1, 0, plane, y, x] += change
+        if policy.options.mirror:
+            frame_store["pictures"][-1, 1, plane, y, -1 - x] += change
         with torch.no_grad():
             return float(policy(frame_store, frame_ids).distribution.logits[0, action])
 
