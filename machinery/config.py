@@ -154,9 +154,8 @@ class PPO(Strict):
     num_steps: Positive = Field(64, le=65_536, description="decisions per lander and rollout")
     learning_rate: float = Field(1e-3, gt=0, le=1, description="Adam's step size at the start")
     adam_eps: float = Field(1e-5, gt=0, description="Adam's epsilon")
-    anneal: float = Field(  # not strict, since configs from before it was a power say true, that is 1, or false
-        1, ge=0, le=10, strict=False, description="learning rate is multiplied by the share of total_frames left, to "
-        "this power; 0: it stays as it is, 1: falls linearly to 0, 2: sooner, with a longer tail")
+    anneal: float = Field(1, ge=0, le=10, description="learning rate is multiplied by the share of total_frames left, "
+                          "to this power; 0: it stays as it is, 1: falls linearly to 0, 2: sooner, with a longer tail")
     warmup_frames: int = Field(0, ge=0, description="learning rate rises linearly from 0 over this many frames")
     gamma: Probability = Field(0.99, description="discount per decision")
     gae_lambda: Probability = Field(0.95, description="lambda of generalised advantage estimation")
@@ -175,6 +174,12 @@ class PPO(Strict):
     late_return: float | None = Field(180, description="mean return at which the late stage begins; null: never")
     late_learning_rate: float = Field(0.25, gt=0, le=1, description="late stage: learning rate times this")
     late_entropy: float = Field(0.0, ge=0, le=1, description="late stage: entropy bonus times this")
+
+    @field_validator("anneal", mode="before")
+    @classmethod
+    def _power(cls, value):
+        """Configs from before it was a power say true, that is 1, or false."""
+        return {"true": 1, "false": 0}.get(str(value).lower(), value)
 
 
 class Evaluation(Strict):

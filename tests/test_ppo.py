@@ -268,8 +268,8 @@ def test_schedule_warms_up_anneals_and_knows_the_late_stage():
     assert schedule(ppo, 120, False)[0] == 0
     assert schedule(ppo.model_copy(update={"anneal": 0}), 75, False)[0] == 1e-3
     assert schedule(ppo.model_copy(update={"anneal": 2}), 75, False)[0] == pytest.approx(6.25e-5)
-    # Runs from before it was a power say true or false.
-    assert (PPO(anneal=True).anneal, PPO(anneal=False).anneal) == (1, 0)
+    # Runs from before it was a power say true or false, in their config.yaml and in their weights' file.
+    assert [PPO(anneal=said).anneal for said in (True, False, "true", "false")] == [1, 0, 1, 0]
     with pytest.raises(ValueError, match="valid number"):
         PPO(anneal="no")
 
