@@ -27,8 +27,16 @@ def autocast_dtype(device):
     return torch.get_autocast_dtype(device.type) if enabled else torch.float32
 
 
+def view_ids(frame_ids, mirrored=None):
+    """What `take` finds the pictures of frames by: the rows frame_ids, int64 (B, S), in the mirror where mirrored (B,).
+
+    int64 (B, S): 2 * row, + 1 for that in the mirror.
+    """
+    return 2 * frame_ids if mirrored is None else 2 * frame_ids + mirrored[:, None]
+
+
 def take(pictures, views):
-    """Of pictures (N, V, C, h, w) those of `views`, int64 (B,): 2 * row, + 1 for that in the mirror -> (B, C, h, w).
+    """Of pictures (N, V, C, h, w) those of `views`, int64 (B,), as view_ids says them -> (B, C, h, w).
 
     V is 2, or 1 if nothing is ever seen in the mirror. index_select copies whole pictures, where indexing goes byte by
     byte and takes ten times as long.

@@ -41,6 +41,7 @@ from layers import (
     swap_sides,
     take,
     transformer,
+    view_ids,
 )
 from settings import Strict
 
@@ -387,8 +388,8 @@ class CNN(Policy):
 
     def maps(self, frame_store, frame_ids, mirrored=None):
         """What the convolutions make of the stacked pictures, in the mirror where `mirrored`: float (B, ...)."""
-        views = 2 * frame_ids if mirrored is None else 2 * frame_ids + mirrored[:, None]
-        pictures = take(frame_store["pictures"], views.flatten())  # (B * S, planes, h, w)
+        views = view_ids(frame_ids, mirrored).flatten()
+        pictures = take(frame_store["pictures"], views)  # (B * S, planes, h, w)
         pictures = pictures.view(len(frame_ids), -1, *self.picture_size)  # (B, S * planes, h, w)
         return self.convs(channels_last(pictures, autocast_dtype(pictures.device)))
 
@@ -446,7 +447,7 @@ class Temporal(Policy):
         return super().preprocess(frames) | {"embeddings": blank, "embedded": blank[..., 0] > 0}
 
     def pictures(self, frame_store, views):
-        """What the encoder reads. views int64 (B,): 2 * row, + 1 in the mirror -> float (B, 3, h, w) in 0..1."""
+        """What the encoder reads. views int64 (B,), as of view_ids -> float (B, 3, h, w) in 0..1."""
         pictures = take(frame_store["pictures"], views)
         return channels_last(pictures.expand(-1, 3, -1, -1)).div_(255)  # gray becomes three equal planes
 
@@ -468,7 +469,7 @@ class Temporal(Policy):
         return embeddings[views]
 
     def features(self, frame_store, frame_ids, mirrored):
-        embeddings = self.embed(frame_store, 2 * frame_ids + mirrored[:, None])
+        embeddings = self.embed(frame_store, view_ids(frame_ids, mirrored))
         steps, where = embeddings.split([self.options.width, 2 * self.num_places], dim=-1)
         places = torch.cat(self.places(frame_store, frame_ids, mirrored), -1)
         if self.attends:  # attention may jump from one thing to another
@@ -478,7 +479,7 @@ class Temporal(Policy):
         return self.over_time(steps)[:, -1]
 
     def newest_places(self, frame_store, frame_ids, mirrored):
-        return self.embed(frame_store, 2 * frame_ids + mirrored[:, None])[:, -1, -2 * PLACES :]
+        return self.embed(frame_store, view_ids(frame_ids, mirrored))[:, -1, -2 * PLACES :]
 
     def attend(self, maps):
         """With model.pooling=attention the encoder's last step: (V, C, h, w) -> (V, width + 2 * PLACES)."""

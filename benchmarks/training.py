@@ -33,7 +33,7 @@ from rendering import wrapped_lander, wrapper_stack
 from torch import nn
 from torch.distributions import Categorical
 
-from layers import channels_last, orthogonal, take
+from layers import channels_last, orthogonal, take, view_ids
 from machinery.config import load_config
 from models import POLICIES, Policy, PolicyOutput
 from models import Categorical as Distribution
@@ -129,8 +129,8 @@ class NatureCNN(Policy):
         self.actor, self.critic = orthogonal(nn.Linear(UNITS, 4), 0.01), orthogonal(nn.Linear(UNITS, 1), 1.0)
 
     def forward(self, frame_store, frame_ids, minibatch=None):
-        pictures = take(frame_store["pictures"], 2 * frame_ids.flatten()).view(len(frame_ids), -1, *self.picture_size)
-        pictures = channels_last(pictures).div_(255)  # (B, 4, h, w)
+        pictures = take(frame_store["pictures"], view_ids(frame_ids).flatten())
+        pictures = channels_last(pictures.view(len(frame_ids), -1, *self.picture_size)).div_(255)  # (B, 4, h, w)
         hidden = self.network(pictures).float()
         return PolicyOutput(Distribution(self.actor(hidden)), self.critic(hidden)[:, 0])
 

@@ -21,7 +21,7 @@ from pydantic_core import PydanticCustomError
 
 from machinery.errors import UserError
 from models import POLICIES
-from settings import Strict
+from settings import WORDS, Strict
 from task import CALM, ENV_ID, TaskError, find_task
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -179,7 +179,8 @@ class PPO(Strict):
     @classmethod
     def _power(cls, value):
         """Configs from before it was a power say true, that is 1, or false."""
-        return {"true": 1, "false": 0}.get(str(value).lower(), value)
+        word = WORDS.get(value, value) if isinstance(value, str) else value
+        return float(word) if isinstance(word, bool) else value
 
 
 class Evaluation(Strict):
