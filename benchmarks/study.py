@@ -66,8 +66,8 @@ steps" with `env.frame_skip=4 ppo.gamma=0.995 ppo.anneal=1 ppo.total_frames=1_20
   [Below](#how-often-it-decides) are the numbers.
 - **How soon** it lands: `configs/quick.yaml` is `cnn` with a learning rate that stays as it is until the late stage.
   Five seeds of it, with both cores of a Xeon with AVX-512 and bfloat16 to themselves, were at 200 after 54, 40, 74, 47
-  and 96 seconds, start-up apart. With the same settings the yardstick took 70 and 77 seconds and 0.72 and 0.74 million
-  frames; its third seed was not there after 1.0 million.
+  and 96 seconds, start-up apart. With the same settings the yardstick (`--config configs/quick.yaml
+  ppo.total_frames=1_000_000`) took 70 and 77 seconds and 0.72 and 0.74 million frames; its third seed was never there.
 - **The yardstick** is the same PPO with the same settings, on the state vector instead of frames. The settings were
   chosen for frames, not for the state vector.
 
