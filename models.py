@@ -705,7 +705,7 @@ class Transformer(Temporal):
     def changes(self, frame_store, views):
         """Each picture after the one before it, as pixels 0 to 255: views int64 (V,) -> float (V, 6, h, w)."""
         rows = torch.stack([frame_store["before"][views // 2], views // 2], 1)
-        pictures = take(frame_store["pictures"], (2 * rows + views[:, None] % 2).flatten()).expand(-1, 3, -1, -1)
+        pictures = take(frame_store["pictures"], view_ids(rows, views % 2).flatten()).expand(-1, 3, -1, -1)
         return channels_last(pictures.unflatten(0, (-1, 2)).flatten(1, 2), autocast_dtype(pictures.device))
 
     def preprocess(self, frames):
