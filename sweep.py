@@ -85,6 +85,10 @@ class Job:
             list(map(str, command)), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
 
+def key_of(override):
+    return override.partition("=")[0].strip()
+
+
 def plan(source, name, seeds, overrides):
     """The jobs of a sweep, all checked. overrides: `section.key=value` or `section.key=value,value,...`."""
     choices = []
@@ -104,8 +108,11 @@ def plan(source, name, seeds, overrides):
             jobs.append(Job(
                 " ".join(told) or name, Path("runs") / "-".join(parts), source, own, load_config(source, own)))
             jobs[-1].check_folder()
-            if jobs[-1].folder in [job.folder for job in jobs[:-1]]:
-                raise ConfigError(f"{jobs[-1].folder}: two runs of this sweep would have this name")
+            for job in jobs[:-1]:
+                if job.folder == jobs[-1].folder:
+                    raise ConfigError(f"{job.folder}: two runs of this sweep would have this name")
+                if changed_keys(job.config, jobs[-1].config).keys() <= {"run.name"}:
+                    raise ConfigError(f"{jobs[-1].folder}: would be {job.folder} once more")
     return jobs
 
 
@@ -113,9 +120,7 @@ def plan_search(args, name, seeds, overrides):
     """(Search, what gives the jobs of a trial, what all have in common, a Config) of a command line with --trials."""
     from machinery.search import Search, distribution, ends, first_of  # it loads Optuna, which other sweeps do not need
 
-    keys = [override.partition("=")[0].strip() for override in overrides]
-    if twice := [key for key in keys if keys.count(key) > 1]:
-        raise ConfigError(f"{twice[0]}: is given twice")
+    keys = list(map(key_of, overrides))
     unscored = ["evaluation.episodes=0"] if args.goal != "score" else []  # scores take longer than many a way
     firsts = list(filter(None, map(first_of, overrides)))
     fixed, ranges = [override for override in overrides if not first_of(override)], {}
@@ -260,6 +265,9 @@ def main(argv=None):
             raise ConfigError("--seeds: must name one or more")
         if (args.goal or args.study) and not args.trials:
             raise ConfigError("--goal and --study are of a search; --trials says how many")
+        keys = list(map(key_of, overrides))
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise ConfigError(f"{twice[0]}: is given twice")
         args.goal = args.goal or "frames"
         if args.trials:
             search, jobs_of, fixed, config = plan_search(args, name, seeds, overrides)

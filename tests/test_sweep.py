@@ -151,7 +151,10 @@ def test_output_that_nobody_takes_costs_nothing(tmp_path):
 @pytest.mark.parametrize(("args", "expected"), [
     (["run.seed=1,2"], "use --seeds"), (["ppo.gama=1,2"], "ppo.gamma"), (["--seeds", "one"], "run.seed='one'"),
     (["--jobs", "0"], "must be 1 or more"), (["--seeds", "ppo.gamma=0.9"], "must name one or more"),
-    (["ppo.gamma=0.9,0.9"], "two runs of this sweep would have this name")])
+    (["ppo.gamma=0.9,0.9"], "two runs of this sweep would have this name"),
+    (["ppo.gamma=0.9,0.90"], "gamma-0.90-seed-1: would be .*gamma-0.9-seed-1 once more"),
+    (["--seeds", "1", "01"], "seed-01: would be .*seed-1 once more"),
+    (["ppo.gamma=0.9,0.95", "ppo.gamma=0.9"], "ppo.gamma: is given twice")])
 def test_mistakes_are_one_line_before_anything_starts(args, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=f"^sweep.py: .*{expected}"):
