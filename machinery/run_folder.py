@@ -109,15 +109,16 @@ def resume_run(path, overrides, lock, processes=1):
     # Left in their place, newer ones, damaged or not, would be taken for newer than those that are about to be saved.
     newer = [file for file in folder.glob("checkpoints/*.ckpt") if file.name > f"{counters['env_frames']:012d}.ckpt"]
     policy, metrics = folder / "checkpoints" / POLICY_FILE, folder / "metrics.csv"
+    another = config.ppo.total_frames != check_config(state["config"]).ppo.total_frames  # its schedules are others
     if newer and metrics.exists():
         shutil.copyfile(metrics, metrics.with_suffix(".csv.aside"))
-    if newer and trained_frames(policy) > counters["env_frames"]:
+    if newer and another:  # what MLflow has of the branch that is left stays a run of its own
+        state["run_id"] = None
+    if (newer or another) and trained_frames(policy) > counters["env_frames"]:  # nor will it come again
         newer.append(policy)
     for file in newer:
         file.rename(f"{file}.aside")
         print(f"{file} is newer than what this run goes on from; it is put aside as {file.name}.aside")
-    if newer and overrides:  # another branch: what MLflow has of the one that is left stays a run of its own
-        state["run_id"] = None
     if not trained_frames(policy):  # put aside, lost or damaged
         counters["best"] = None  # the best of what comes is chosen anew
     there = Metrics(folder / "metrics.csv").drop_after(counters["env_frames"])

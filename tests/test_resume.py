@@ -101,8 +101,21 @@ def test_who_goes_back_keeps_what_came_after(run):
     assert (run / "checkpoints" / "policy.safetensors.aside").exists()
 
 
+@pytest.mark.parametrize(("overrides", "kept"), [
+    ([], True), (["evaluation.videos=0"], True), (["ppo.total_frames=900"], False)])
+def test_other_schedules_put_a_best_policy_aside_that_was_saved_after_the_newest_checkpoint(overrides, kept, run):
+    """With the same schedules it comes again; with others nothing that is trained would have been what was scored."""
+    config, best = load_config(None, ["ppo.total_frames=300"]), run / "checkpoints" / "policy.safetensors"
+    (run / "checkpoints" / "000000000300.ckpt").unlink()
+    best.write_bytes(policy_bytes(build_policy(config), config, 250))
+    state = resume("latest", *overrides)[2]
+    assert best.exists() == kept
+    assert ("best" in state["counters"]) == (not kept)
+
+
 @pytest.mark.parametrize(("frames", "overrides", "kept"), [
-    (100, ["ppo.total_frames=900"], False), (100, [], True), (300, ["ppo.total_frames=900"], True)])
+    (100, ["ppo.total_frames=900"], False), (100, ["evaluation.videos=0"], True), (100, [], True),
+    (300, ["ppo.total_frames=900"], True)])
 def test_who_goes_back_with_other_settings_begins_another_run_in_mlflow(frames, overrides, kept, run):
     """With the same settings the same comes again, and MLflow has some of it."""
     file = run / "checkpoints" / f"{frames:012d}.ckpt"
