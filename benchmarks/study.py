@@ -185,6 +185,7 @@ def keep(label, runs):
         folder = STUDY / label.replace(" ", "-") / f"seed-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
+            (folder / name).unlink(missing_ok=True)  # of the run that was here before
             if (run / name).exists() or "report" not in name:  # a run may have been stopped before its score
                 shutil.copy(run / name, folder)
 

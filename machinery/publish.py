@@ -139,6 +139,8 @@ def facts(folder, name=None):
     """What a table row and a card say of results/NAME, or of a run that shall become it, all read from its files."""
     name = name or folder.name
     policy, config, _ = load_policy(folder)
+    if config.env.task.solved is None:
+        raise PublishError(f"{folder}: nobody has said when {config.env.id} is solved")
     metrics = read_metrics(folder)
     report, sampled = (
         read_json(folder / name, "episodes", "seed", "return_mean", "return_ci95", "solved_rate")
@@ -180,7 +182,8 @@ def yardstick(folder):
     return f"| the same PPO on the {report['policy']}, greedy, the same seeds | {score(report)}{landed} |\n"
 
 
-def publish(run, name):
+def publish(run, name, yardstick=None):
+    """Copy a finished run to results/NAME; yardstick: a folder with the report of benchmarks/yardstick.py, or None."""
     run, folder = Path(run), HERE / "results" / name
     facts(run, name)  # what is missing or damaged is found out before anything is replaced
     if not is_finished(load_config(run / "config.yaml"), load_checkpoint(run)):
@@ -189,6 +192,10 @@ def publish(run, name):
     shutil.copy(run / "checkpoints" / POLICY_FILE, folder)
     for file in FILES:
         shutil.copy(run / file, folder)
+    if yardstick:
+        shutil.copy(yardstick / "report.json", folder / YARDSTICK)
+    else:  # of the run that was here before
+        (folder / YARDSTICK).unlink(missing_ok=True)
     save_config(load_config(run / "config.yaml"), folder / "config.yaml")  # an old one may hold a password
     return folder
 
@@ -245,9 +252,7 @@ def main(argv=None):
         parser.error("--yardstick belongs to a run")
     with one_line("publish.py"):
         if args.run:
-            folders = [publish(args.run, args.name or Path(args.run).name)]
-            if args.yardstick:
-                shutil.copy(args.yardstick / "report.json", folders[0] / YARDSTICK)
+            folders = [publish(args.run, args.name or Path(args.run).name, args.yardstick)]
         else:
             folders = [report.parent for report in (HERE / "results").glob("*/report.json")]
         for folder in folders:

@@ -10,7 +10,7 @@ import pytest
 
 from evaluate import confidence_interval, play
 from machinery import publish
-from machinery.checkpoint import load_policy, save_checkpoint
+from machinery.checkpoint import build_policy, load_policy, policy_bytes, save_checkpoint
 from machinery.config import load_config
 from task import EVALUATION_SEED
 
@@ -84,6 +84,8 @@ def here(tmp_path, monkeypatch):
 def test_publishing_a_run_makes_its_page(run, here):
     source = ROOT / "results" / "cnn"
     (here / "README.md").write_text(f"before\n{publish.BEGIN}\nold\n{publish.END}\nafter\n")
+    (here / "results" / "cnn").mkdir()
+    (here / "results" / "cnn" / "yardstick.json").write_text("of the result that was here before")
     publish.main([str(run), "cnn"])
     assert (here / "results" / "cnn" / "README.md").read_text() == (source / "README.md").read_text()
     readme = (here / "README.md").read_text()
@@ -93,6 +95,11 @@ def test_publishing_a_run_makes_its_page(run, here):
     assert "[cnn](results/cnn)" in readme
     made = {path.name: path.stat().st_size for path in (here / "results" / "cnn").iterdir()}
     assert min(made[name] for name in ("curves.png", "landing.gif", "landing.mp4")) > 10_000  # bytes
+
+
+def save_policy_of(run, *overrides):
+    config = load_config(None, overrides)
+    (run / "checkpoints" / "policy.safetensors").write_bytes(policy_bytes(build_policy(config), config, 0))
 
 
 @pytest.mark.parametrize(("damage", "message"), [
@@ -105,6 +112,7 @@ def test_publishing_a_run_makes_its_page(run, here):
     (lambda run: (run / "metrics.csv").write_text("frames\n"), "not the metrics of a run"),
     (lambda run: (run / "config.yaml").write_text("ppo:\n  total_frames: 9000000\n"), "not trained and scored"),
     (lambda run: next(run.glob("checkpoints/*.ckpt")).unlink(), "no checkpoint there"),
+    (lambda run: save_policy_of(run, "env.id=Pendulum-v1", "model.mirror=false"), "when Pendulum-v1 is solved"),
 ])
 def test_run_that_cannot_be_published_is_one_line_and_replaces_nothing(damage, message, run, here):
     damage(run)
