@@ -44,13 +44,15 @@ GRAVITIES, WINDS = [-4.0, -6.0, -8.0, -10.0, -11.9], [0.0, 5.0, 10.0, 15.0, 20.0
 
 
 @torch.no_grad()
-def play(policy, env_config, seeds, *, sample_seed=None, rendered=False, recorder=None, progress=None, check=None):
+def play(policy, env_config, seeds, *, sample_seed=None, rendered=False, recorder=None, progress=None, check=None,
+         make_env=make_env):
     """Play one episode per seed, many side by side so that the policy sees them as one batch.
 
     Greedy, or, with sample_seed, actions sampled from generators seeded with (sample_seed, episode's seed). rendered:
     frames are those of the unmodified environment's `render()`, as videos and reported scores need them.
-    A VideoRecorder is told when an episode begins, what is decided in it, and when it ends. `check`, called before each
-    decision, may raise to end all episodes. Returns (returns, lengths, outcomes), arrays in the order of `seeds`.
+    The recorder, such as a VideoRecorder, is told when an episode begins, what is decided in it, and when it ends.
+    `check`, called before each decision, may raise to end all episodes. make_env: another maker of environments than
+    envs.make_env. Returns (returns, lengths, outcomes), arrays in the order of `seeds`.
     """
     policy.eval()
     device = next(policy.parameters()).device

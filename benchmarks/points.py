@@ -16,10 +16,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
-import torch
 from gymnasium.envs.box2d.lunar_lander import FPS, LEG_DOWN, SCALE, VIEWPORT_H, VIEWPORT_W
 
-from evaluate import MAX_EPISODES, in_weather, whole
+from evaluate import in_weather, play, whole
 from lander import Lander
 from machinery.checkpoint import load_policy
 from machinery.errors import UserError, one_line
@@ -61,31 +60,29 @@ class Accounted(Lander):
         return start, bonus, legs, fuel, distance, speed, tilt
 
 
-@torch.no_grad()
+class Accounts:
+    """A recorder of evaluate.play that keeps {index of the episode: its account}."""
+
+    def __init__(self):
+        self.rows = {}
+
+    def begin(self, index, env):
+        pass
+
+    def decide(self, index, *_):
+        pass
+
+    def end(self, index, env):
+        self.rows[index] = env.account()
+
+
 def fly(policy, env_config, seeds):
-    """(returns (N,), outcomes (N,), accounts (N, columns)) of greedy episodes, in the order in which they ended."""
-    settings = {key: value for key, value in env_config.settings().items() if key != "env_id"}
-    waiting, playing, ended = list(seeds), [], []
-
-    def begin(lander):
-        if waiting:
-            playing.append((lander, lander.reset(waiting.pop(0))))
-
-    for _ in range(min(MAX_EPISODES, len(seeds))):
-        begin(Accounted(**settings))
-    while playing:
-        stacks = torch.from_numpy(np.stack([stack for _, stack in playing]))
-        actions = policy(*policy.preprocess_stacks(stacks)).distribution.mode().tolist()
-        batch, playing = playing, []
-        for (lander, _), action in zip(batch, actions, strict=True):
-            stack, _, terminated, truncated = lander.step(action)
-            if not (terminated or truncated):
-                playing.append((lander, stack))
-                continue
-            ended.append((lander.episode_return, lander.outcome(), lander.account()))
-            begin(lander)
-    returns, outcomes, accounts = zip(*ended, strict=True)
-    return np.array(returns), np.array(outcomes), np.array(accounts)
+    """(returns (N,), outcomes (N,), accounts (N, columns)) of greedy episodes."""
+    accounts = Accounts()
+    returns, _, outcomes = play(
+        policy, env_config, seeds, recorder=accounts,
+        make_env=lambda env_id, rendered, **settings: Accounted(**settings))
+    return returns, outcomes, np.array([accounts.rows[index] for index in range(len(seeds))])
 
 
 def table(returns, outcomes, accounts):
