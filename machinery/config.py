@@ -207,7 +207,7 @@ class Tracking(Strict):
         description="registered model of which the best policy becomes a version, `champion` if it is; empty: none")
     checkpoint_interval: Positive = Field(100_000, description="frames between checkpoints")
     keep: Positive = Field(2, description="newest checkpoints kept, besides the best")
-    progress: bool = Field(True, description="show how training goes; false: only trouble and final scores")
+    progress: bool = Field(True, description="show how training goes; false: only the first line, trouble and scores")
 
 
 class Config(Strict):
