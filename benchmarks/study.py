@@ -96,8 +96,9 @@ setting:
 ## How often it decides
 
 `env.frame_skip` is the number of physics steps to a decision, `ppo.gamma` the discount per decision. Rows with a
-seed alone are "shorter" and "four steps", those of the other policies had 1.3 million frames, scored on seeds that chose
-nothing, from 3,000,000 and from 8,000,000 (`python benchmarks/points.py results/cnn --episodes 1000 --seed 3000000`):
+seed alone are "shorter" and "four steps", those of the other policies had 1.3 million frames. All are scored on
+seeds that chose nothing, from 3,000,000 and from 8,000,000 (`python benchmarks/points.py results/cnn --episodes 1000
+--seed 3000000`):
 
 | steps | gamma | training seed | 1,000 episodes | landed | 400 others | legs | fuel | distance |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
