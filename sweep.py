@@ -85,18 +85,15 @@ class Job:
             list(map(str, command)), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
 
-def key_of(override):
-    return override.partition("=")[0].strip()
-
-
 def plan(source, name, seeds, overrides):
     """The jobs of a sweep, all checked. overrides: `section.key=value` or `section.key=value,value,...`."""
-    choices = []
-    for override in overrides:
-        key, _, values = override.partition("=")
+    keys, choices = [override.partition("=")[0].strip() for override in overrides], []
+    for key, override in zip(keys, overrides, strict=True):
         if key in ("run.seed", "run.name"):
             raise ConfigError(f"{override}: a sweep gives each run its seed and name; use --seeds and --name")
-        choices.append([f"{key}={value}" for value in split_choices(values)])
+        choices.append([f"{key}={value}" for value in split_choices(override.partition("=")[2])])
+        if len(choices[-1]) > 1 and keys.count(key) > 1:  # the last would win, whatever the run is called
+            raise ConfigError(f"{key}: is given twice")
     varied = [options for options in choices if len(options) > 1]
     jobs = []
     for combination in itertools.product(*choices):
@@ -120,7 +117,9 @@ def plan_search(args, name, seeds, overrides):
     """(Search, what gives the jobs of a trial, what all have in common, a Config) of a command line with --trials."""
     from machinery.search import Search, distribution, ends, first_of  # it loads Optuna, which other sweeps do not need
 
-    keys = list(map(key_of, overrides))
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise ConfigError(f"{twice[0]}: is given twice")
     unscored = ["evaluation.episodes=0"] if args.goal != "score" else []  # scores take longer than many a way
     firsts = list(filter(None, map(first_of, overrides)))
     fixed, ranges = [override for override in overrides if not first_of(override)], {}
@@ -265,9 +264,6 @@ def main(argv=None):
             raise ConfigError("--seeds: must name one or more")
         if (args.goal or args.study) and not args.trials:
             raise ConfigError("--goal and --study are of a search; --trials says how many")
-        keys = list(map(key_of, overrides))
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise ConfigError(f"{twice[0]}: is given twice")
         args.goal = args.goal or "frames"
         if args.trials:
             search, jobs_of, fixed, config = plan_search(args, name, seeds, overrides)
