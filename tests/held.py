@@ -23,7 +23,7 @@ class Trainer(train.Trainer):
         updates = self.counters["updates"]
         if updates in held:
             Path(f"held-{updates}-{self.processes.rank}").touch()
-            for _ in range(50 * 300):  # a test that failed meanwhile leaves no process behind
+            for _ in range(50 * 900):  # a test that failed meanwhile leaves no process behind
                 if Path(f"go-{updates}").exists():
                     break
                 time.sleep(0.02)

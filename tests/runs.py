@@ -31,6 +31,7 @@ TINY = [
     "tracking.checkpoint_interval=500", "run.num_threads=1"]
 THREADS = torch.get_num_threads()
 BARE = ["tracking.mlflow=false", "evaluation.episodes=0"]  # for runs whose end does not matter
+HANGS = 900  # seconds: what takes longer hangs, however slow or busy the machine
 
 
 def command(*args):
@@ -38,7 +39,7 @@ def command(*args):
 
 
 def run(folder, *args, ok=True, **environment):
-    done = subprocess.run(command(*args), cwd=folder, capture_output=True, text=True, timeout=900, check=False,
+    done = subprocess.run(command(*args), cwd=folder, capture_output=True, text=True, timeout=HANGS, check=False,
                           env=os.environ | environment)
     assert not ok or done.returncode == 0, done.stdout + done.stderr
     return done
@@ -70,6 +71,11 @@ def start(folder, *args, held=None):
     words = command(*args) if held is None else [sys.executable, HELD, str(held), *map(str, args)]
     return subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             start_new_session=True, env=environment)
+
+
+def output_of(process):
+    """What `process` wrote to its standard output until its end."""
+    return process.communicate(timeout=HANGS)[0]
 
 
 def go(folder, held):
@@ -120,8 +126,8 @@ def without_speed(table):
     return [{key: value for key, value in row.items() if not key.startswith("speed/")} for row in table]
 
 
-def wait(process, condition, seconds):
-    for _ in range(20 * seconds):
+def wait(process, condition):
+    for _ in range(20 * HANGS):
         if condition():
             return
         assert process.poll() is None, process.stdout.read()
@@ -129,12 +135,12 @@ def wait(process, condition, seconds):
     pytest.fail("no progress")
 
 
-def wait_for_rows(process, folder, count, seconds=300):  # a limit for what hangs, not for what is slow
-    wait(process, lambda: (folder / "metrics.csv").exists() and len(rows(folder)) >= count, seconds)
+def wait_for_rows(process, folder, count):
+    wait(process, lambda: (folder / "metrics.csv").exists() and len(rows(folder)) >= count)
 
 
-def wait_until_held(process, folder, held, processes=1, seconds=300):
-    wait(process, lambda: all((folder / f"held-{held}-{rank}").exists() for rank in range(processes)), seconds)
+def wait_until_held(process, folder, held, processes=1):
+    wait(process, lambda: all((folder / f"held-{held}-{rank}").exists() for rank in range(processes)))
 
 
 def workers_of(process):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from machinery.checkpoint import load_checkpoint
-from runs import CONFIG, HELD, ROOT, TINY, go, only_run, refused, rows, wait_until_held, without_speed
+from runs import CONFIG, HANGS, HELD, ROOT, TINY, go, only_run, output_of, refused, rows, wait_until_held, without_speed
 
 SETTINGS = ["--config", CONFIG, *TINY, "env.num_workers=1", "evaluation.episodes=0", "ppo.num_steps=16"]
 QUIET = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -24,7 +24,7 @@ def torchrun(folder, *args):
 
 
 def ended(process, expected=0):
-    output = process.communicate(timeout=300)[0]
+    output = output_of(process)
     assert process.returncode == expected, output
     return output
 
@@ -38,7 +38,7 @@ def trainers(process):
 def test_first_update_of_two_processes_is_that_of_one_with_twice_the_landers(tmp_path):
     script = ROOT / "tests" / "first_update.py"
     both = torchrun(tmp_path, script, tmp_path / "update")
-    subprocess.run([sys.executable, script, tmp_path / "update"], check=True, timeout=180)
+    subprocess.run([sys.executable, script, tmp_path / "update"], check=True, timeout=HANGS)
     ended(both)
     first, second, alone = (torch.load(tmp_path / f"update-{name}") for name in ("2-0", "2-1", "1-0"))
     for key, tensor in alone["policy"].items():
@@ -96,7 +96,7 @@ def test_stopped_and_killed_it_goes_on_bit_for_bit(whole_run, tmp_path):
     go(tmp_path, 4)
     output = ended(process, expected=1)
     assert re.search("another process of this training ended|SIGTERM: saved", output), output
-    assert psutil.wait_procs(children, timeout=20)[1] == []
+    assert psutil.wait_procs(children, timeout=HANGS)[1] == []
     assert load_checkpoint(here)["counters"]["env_frames"] == int(rows(here)[-1]["frames"]) > saved
 
     line = refused(tmp_path, "--resume", "latest")

@@ -20,7 +20,7 @@ from envs import EnvGroup, make_vector_env
 from frames import FrameStack, shrink
 from lander import PARTICLE_AGEING, Lander, LeanLunarLander, RenderedLander, draw_weather
 from machinery.workers import WorkerError
-from runs import wait, workers_of
+from runs import HANGS, output_of, wait, workers_of
 from task import ACTIONS, CALM, ENV_ID, FPS, MIRRORED_ACTIONS, OUTCOMES, SOLVED, TIME_LIMIT, TRAINING_SEEDS, VIEWPORT
 
 WEATHERS = {
@@ -350,7 +350,7 @@ def test_frozen_worker_does_not_outlive_its_trainer():
     assert len(workers) == 2
     process.kill()
     process.communicate()
-    assert psutil.wait_procs(workers, timeout=20)[1] == []
+    assert psutil.wait_procs(workers, timeout=HANGS)[1] == []
 
 
 def test_frames_that_do_not_fit_into_shared_memory_are_said_before_anything_starts():
@@ -448,19 +448,19 @@ class FailsUnsendably:
 def test_a_signal_ends_the_wait_for_workers_that_do_not_start(number, tmp_path):
     code = ("import time, torch; import envs\n"
             "torch.ones(1000, 1000) @ torch.ones(1000, 1000)  # threads that might take the signal\n"
-            "class Hangs:\n    def __call__(self):\n        import os, time; os.getpid() == pid or time.sleep(600)\n"
+            "class Hangs:\n    def __call__(self):\n        import os, time; os.getpid() == pid or time.sleep(3600)\n"
             "        return envs.EnvGroup(2, 0, 0, frame_skip=4, frame_stack=4, shrink_factor=8, color=False)\n"
             "import os, signal; pid = os.getpid(); signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
             "envs.partial = lambda *args, **settings: Hangs()\n"
             "envs.make_vector_env(4, 2)\n")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    wait(process, lambda: workers_of(process), seconds=60)
+    wait(process, lambda: workers_of(process))
     workers = workers_of(process)
     process.send_signal(number)
-    output = process.communicate(timeout=20)[0]
+    output = output_of(process)
     assert "KeyboardInterrupt" in output
-    assert psutil.wait_procs(workers, timeout=20)[1] == []
+    assert psutil.wait_procs(workers, timeout=HANGS)[1] == []
 
 
 class FailsInWorker:
@@ -565,11 +565,11 @@ def test_a_trainer_that_dies_while_its_workers_begin_leaves_none():
     code = "import time; from envs import make_vector_env; make_vector_env(4, 2)\ntime.sleep(600)\n"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent,
                                stderr=subprocess.DEVNULL)
-    wait(process, lambda: workers_of(process), seconds=60)
+    wait(process, lambda: workers_of(process))
     workers = workers_of(process)
     process.kill()
     process.wait()
-    assert psutil.wait_procs(workers, timeout=20)[1] == []
+    assert psutil.wait_procs(workers, timeout=HANGS)[1] == []
 
 
 def test_a_viewer_is_told_the_wind_that_the_next_step_applies():

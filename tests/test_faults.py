@@ -28,12 +28,14 @@ from machinery.tracking import Tracker, TrackingError
 from runs import (
     BARE,
     CONFIG,
+    HANGS,
     TINY,
     begun,
     command,
     go,
     no_room,
     only_run,
+    output_of,
     refused,
     rows,
     run,
@@ -61,7 +63,7 @@ def test_full_disk(lifted, tmp_path):
     if lifted:
         process_limits.rlimit(psutil.RLIMIT_FSIZE, UNLIMITED)
     go(tmp_path, 6)
-    output = process.communicate(timeout=120)[0]
+    output = output_of(process)
     assert "checkpoint not saved (File too large); training goes on and will try again" in output
     assert "Traceback" not in output
     state = load_checkpoint(here, pytest.fail)  # every file that is there is good
@@ -95,26 +97,26 @@ def test_interrupt_during_the_start(tmp_path):
     for loaded in (loads_torch, lambda process: psutil.Process(process.pid).children()):
         process = start(tmp_path, "--config", CONFIG, "run.name=x", *TINY, *BARE)
         time.sleep(0.5)
-        wait(process, lambda loaded=loaded, process=process: loaded(process), seconds=60)
+        wait(process, lambda loaded=loaded, process=process: loaded(process))
         time.sleep(0.2)
         children = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGINT)
-        output = process.communicate(timeout=60)[0]
+        output = output_of(process)
         assert process.returncode in (130, -signal.SIGINT), output
         assert "Traceback" not in output
-        assert psutil.wait_procs(children, timeout=20)[1] == []
+        assert psutil.wait_procs(children, timeout=HANGS)[1] == []
 
 
 def test_final_score_that_is_stopped_or_killed_is_done_again(tmp_path, capsys):
     here, long = tmp_path / "runs" / "x", "evaluation.episodes=20000"
     process = start(tmp_path, "--config", CONFIG, "run.name=x", *TINY, "evaluation.videos=0", long)
     for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
-        wait(process, (here / "curves.png").exists, seconds=300)
+        wait(process, (here / "curves.png").exists)
         time.sleep(0.5)
         (here / "curves.png").unlink()
         table = rows(here)
         process.send_signal(number)
-        output = process.communicate(timeout=60)[0]
+        output = output_of(process)
         assert process.returncode == code, output
         assert "Traceback" not in output
         assert not (here / "report.json").exists()
@@ -148,16 +150,16 @@ def test_a_signal_that_comes_in_a_callback_is_not_lost(tmp_path):
 def test_second_interrupt_leaves_at_once(tmp_path):
     process = start(tmp_path, "--config", CONFIG, "run.name=x", *TINY, *BARE, "ppo.num_steps=2048", "env.num_envs=8")
     started = tmp_path / "runs" / "x" / "machine.json"
-    wait(process, lambda: len(workers_of(process)) >= 2 and started.exists(), seconds=60)
+    wait(process, lambda: len(workers_of(process)) >= 2 and started.exists())
     time.sleep(1)  # now in the first, long rollout
     workers = workers_of(process)
     os.killpg(process.pid, signal.SIGINT)
     time.sleep(0.5)
     assert process.poll() is None  # it waits for the end of the update
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=5) == -signal.SIGINT
+    assert process.wait(timeout=HANGS) == -signal.SIGINT
     process.stdout.close()
-    assert psutil.wait_procs(workers, timeout=10)[1] == []
+    assert psutil.wait_procs(workers, timeout=HANGS)[1] == []
 
 
 def test_frozen_worker_is_replaced(tmp_path):
@@ -166,7 +168,7 @@ def test_frozen_worker_is_replaced(tmp_path):
     frozen = workers_of(process)[1]
     frozen.suspend()
     go(tmp_path, 2)
-    output = process.communicate(timeout=120)[0]
+    output = output_of(process)
     assert process.returncode == 0, output
     assert re.search(r"worker \d did not answer for 15 s; going on with new workers", output)
     assert not frozen.is_running()
@@ -230,17 +232,17 @@ def test_unreachable_mlflow_server_is_said_at_once(tmp_path):
 
 def test_locked_store_delays_metrics_but_not_training(tmp_path):
     here = tmp_path / "runs" / "x"
-    process = start(tmp_path, "--config", CONFIG, "run.name=x", *TINY, "ppo.total_frames=20000",
-                    "evaluation.episodes=0")
-    wait_for_rows(process, here, 3)
+    process = start(tmp_path, "--config", CONFIG, "run.name=x", *TINY, "ppo.total_frames=6000",
+                    "evaluation.episodes=0", held=3)
+    wait_until_held(process, tmp_path, 3)
     lock = sqlite3.connect(tmp_path / "mlflow.db", timeout=30, isolation_level=None)
     lock.execute("BEGIN EXCLUSIVE")
-    locked = len(rows(here))
     assert "runs/x: another process is at this run" in refused(tmp_path, "--resume", "latest")
-    wait_for_rows(process, here, locked + 10)  # training does not wait
+    go(tmp_path, 3)
+    wait_for_rows(process, here, 10)  # training does not wait
     lock.execute("ROLLBACK")
     lock.close()
-    output = process.communicate(timeout=120)[0]
+    output = output_of(process)
     assert process.returncode == 0, output
     client, found = only_run(tmp_path)
     assert found.info.status == "FINISHED"
@@ -269,7 +271,7 @@ def test_lost_server_costs_no_training_and_the_gap_is_told(tmp_path):
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
     go(tmp_path, 3)
-    output = process.communicate(timeout=200)[0]
+    output = output_of(process)
     assert process.returncode == 0, output
     assert re.search(r"MLflow lacks the last \d+ updates; runs/x/metrics\.csv has them", output)
     assert "Traceback" not in output
@@ -290,7 +292,7 @@ def test_two_runs_begun_at_once_share_a_new_store(tmp_path):
             [sys.executable, "-c", code, str(tmp_path), f"runs/{name}"], cwd=CONFIG.parent.parent, text=True,
             stderr=subprocess.PIPE))
     for process in processes:
-        error = process.communicate(timeout=120)[1]
+        error = process.communicate(timeout=HANGS)[1]
         assert process.returncode == 0, error
 
 
@@ -343,7 +345,7 @@ def test_output_that_nobody_takes_costs_nothing(tmp_path):
     os.close(reader)
     with open("/dev/full", "w") as full:
         done = subprocess.run(command("--config", CONFIG, "run.name=x", *TINY, *BARE), cwd=tmp_path, stdout=full,
-                              stderr=writer, check=False, timeout=300)
+                              stderr=writer, check=False, timeout=HANGS)
     os.close(writer)
     assert done.returncode == 0
     assert load_checkpoint(tmp_path / "runs" / "x")["counters"]["scored"] == 0

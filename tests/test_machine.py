@@ -27,6 +27,7 @@ from machinery.workers import unpinned_cores
 from runs import (
     BARE,
     CONFIG,
+    HANGS,
     HELD,
     ROOT,
     TINY,
@@ -34,6 +35,7 @@ from runs import (
     command,
     go,
     only_run,
+    output_of,
     refused,
     rows,
     run,
@@ -52,12 +54,12 @@ def test_a_schedulers_warning_ends_a_run_in_order(tmp_path):
     for _ in range(2):
         os.killpg(process.pid, signal.SIGUSR1)
     go(tmp_path, 3)
-    output = process.communicate(timeout=60)[0]
+    output = output_of(process)
     assert process.returncode == 128 + signal.SIGUSR1, output
     assert "SIGUSR1: saved; go on with: python train.py --resume runs/x" in output
     assert "Traceback" not in output
     assert only_run(tmp_path)[1].info.status == "KILLED"
-    assert psutil.wait_procs(children, timeout=20)[1] == []
+    assert psutil.wait_procs(children, timeout=HANGS)[1] == []
     assert load_checkpoint(here)["counters"]["env_frames"] == int(rows(here)[-1]["frames"]) > 0
 
 
@@ -68,12 +70,12 @@ def test_a_warning_that_torchrun_dies_of_ends_its_processes_in_order(tmp_path):
     wait_until_held(process, tmp_path, 2, processes=2)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGUSR2)
-    assert process.wait(timeout=60) == -signal.SIGUSR2
+    assert process.wait(timeout=HANGS) == -signal.SIGUSR2
     go(tmp_path, 2)
-    output = process.communicate(timeout=60)[0]
+    output = output_of(process)
     assert "SIGTERM: saved; go on with: torchrun" in output
     assert "Traceback" not in output
-    assert psutil.wait_procs(children, timeout=30)[1] == []
+    assert psutil.wait_procs(children, timeout=HANGS)[1] == []
     assert load_checkpoint(here)["counters"]["env_frames"] == int(rows(here)[-1]["frames"]) > 0
 
 
@@ -298,7 +300,7 @@ with one_line("train.py"):
 
 
 def as_nobody(folder, *words):
-    return subprocess.run([*NOBODY, *words], cwd=folder, capture_output=True, text=True, timeout=300)
+    return subprocess.run([*NOBODY, *words], cwd=folder, capture_output=True, text=True, timeout=HANGS)
 
 
 PRIVATE = [folder for folder in (ROOT, *ROOT.parents) if not folder.stat().st_mode & 0o001]

@@ -23,7 +23,7 @@ from machinery.config import ConfigError, load_config
 from machinery.flight import KEPT, FlightRecorder
 from machinery.mlflow_model import add_files, log_final_scores, log_score, register, save_model, scored_models
 from machinery.tracking import KIND, Tracker, connect
-from runs import CONFIG, ROOT, TINY, rows, wait
+from runs import CONFIG, HANGS, ROOT, TINY, rows, wait
 
 SMALL = ["env.shrink_factor=10", "env.frame_skip=10", "env.frame_stack=2", "model.glimpse=16", "model.features=32"]
 SELECTION, UNSEEN = "selection seeds 900000-900001", "unseen seeds 1000000-1000001"
@@ -288,7 +288,7 @@ def test_a_server_answers_frames_with_actions(champion, tmp_path):
     def answer(body):
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/invocations", json.dumps(body).encode(), {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=HANGS) as response:
             return json.load(response)["predictions"]
 
     python, environment = fresh_environment(tmp_path / "fresh")
@@ -298,7 +298,7 @@ def test_a_server_answers_frames_with_actions(champion, tmp_path):
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         env=environment)
     try:
-        wait(server, lambda: not socket.socket().connect_ex(("127.0.0.1", port)), 300)
+        wait(server, lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
         assert [answer({"inputs": stack[None].tolist()})[0] for stack in frames] == actions.tolist()
         every = answer({"inputs": frames[:2].tolist(), "params": {"outputs": "all"}})
         assert every["actions"] == actions[:2].tolist()

@@ -19,7 +19,7 @@ from machinery import files
 from machinery.errors import UserError
 from machinery.files import locked, write_atomically
 from machinery.terminal import Outlet, Progress
-from runs import BARE, CONFIG, ROOT, TINY, read_terminal
+from runs import BARE, CONFIG, HANGS, ROOT, TINY, read_terminal
 
 SCORE = f"{sys.executable} {ROOT}/evaluate.py --checkpoint {ROOT}/results/cnn --episodes 1"
 
@@ -192,7 +192,7 @@ def test_cells_of_a_notebook_train_score_and_draw(tmp_path):
         "import matplotlib.pyplot as plt; plt.plot([1, 2]); print(plt.get_backend())"]
     notebook = nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, cells)))
     nbclient.NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+        notebook, timeout=HANGS, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
     trained, scored, again, drawn, later, own = (
         "".join(output.get("text", "") for output in cell.outputs) for cell in notebook.cells)
     assert "M frames" in trained

@@ -15,7 +15,7 @@ from machinery.checkpoint import save_checkpoint, save_config
 from machinery.run_folder import resume_config
 from machinery.tracking import Metrics
 from plot import NEEDED, reached
-from runs import CONFIG, ROOT, TINY, rows, wait_for_rows
+from runs import CONFIG, HANGS, ROOT, TINY, output_of, rows, wait_for_rows
 
 SWEEP = [sys.executable, ROOT / "sweep.py", "--config", CONFIG, "--name", "s", "--jobs", "2"]
 SETTINGS = [*TINY, "ppo.num_steps=16", "env.num_workers=1", "evaluation.episodes=1", "evaluation.videos=0"]
@@ -32,12 +32,12 @@ def test_a_sweep_is_stopped_and_goes_on_and_is_one_family_in_mlflow(tmp_path, mo
     process = start(tmp_path, *command)
     folders = [tmp_path / "runs" / f"s-seed-{seed}" for seed in (1, 2)]
     for folder in folders:
-        wait_for_rows(process, folder, 1, seconds=180)
+        wait_for_rows(process, folder, 1)
     children = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGINT)
-    output = process.communicate(timeout=600)[0]
+    output = output_of(process)
     assert process.returncode == 130, output
-    assert psutil.wait_procs(children, timeout=20)[1] == []
+    assert psutil.wait_procs(children, timeout=HANGS)[1] == []
     assert "Traceback" not in output
     stopped = [rows(folder) for folder in folders]
     for folder, table in zip(folders, stopped, strict=True):
@@ -142,7 +142,7 @@ def test_output_that_nobody_takes_costs_nothing(tmp_path):
     os.close(reader)
     done = subprocess.run(
         list(map(str, [*SWEEP, "tracking.mlflow=false", *SETTINGS])), cwd=tmp_path, stdout=writer, stderr=writer,
-        timeout=600, check=False)
+        timeout=HANGS, check=False)
     os.close(writer)
     assert done.returncode == 0
     assert (tmp_path / "runs" / "s-seed-1" / "report_sampled.json").exists()

@@ -6,6 +6,8 @@ import json
 import pytest
 from conftest import ROOT
 
+from runs import HANGS
+
 NOTEBOOK = ROOT / "docs" / "tour.ipynb"
 
 
@@ -28,7 +30,8 @@ def test_the_tour_runs_from_top_to_bottom(tmp_path, monkeypatch):
     for cell in code_cells(notebook):
         cell.outputs = []
     nbclient.NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+        notebook, timeout=HANGS, kernel_name="python3",
+        resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
     text = "".join(output.get("text", "") for cell in code_cells(notebook) for output in cell.outputs)
     assert "end: rest" in text
     assert "first minibatch: ratio" in text

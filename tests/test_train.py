@@ -17,11 +17,13 @@ from machinery.config import load_config
 from runs import (
     BARE,
     CONFIG,
+    HANGS,
     ROOT,
     TINY,
     begun,
     go,
     only_run,
+    output_of,
     refused,
     rows,
     run,
@@ -90,7 +92,7 @@ def test_resumed_run_equals_the_run_that_was_never_stopped(number, whole_group, 
     children = psutil.Process(process.pid).children(recursive=True)
     (os.killpg if whole_group else os.kill)(process.pid, number)
     go(tmp_path, 3)
-    output = process.communicate(timeout=60)[0]
+    output = output_of(process)
     if number == signal.SIGKILL:
         assert process.returncode == -number
     else:
@@ -98,7 +100,7 @@ def test_resumed_run_equals_the_run_that_was_never_stopped(number, whole_group, 
         assert "Traceback" not in output
         assert "--resume" in output
         assert only_run(tmp_path)[1].info.status == "KILLED"
-    assert psutil.wait_procs(children, timeout=20)[1] == []  # no worker is left behind
+    assert psutil.wait_procs(children, timeout=HANGS)[1] == []  # no worker is left behind
 
     run_here(tmp_path, "--resume", "latest")
     assert without_speed(rows(here)) == without_speed(rows(folder / "runs" / "whole"))
@@ -121,7 +123,7 @@ def test_killed_worker_is_replaced_and_changes_nothing(number, whole_run, tmp_pa
     assert len(workers) == 2
     workers[0].send_signal(number)
     go(tmp_path, 2)
-    output = process.communicate(timeout=120)[0]
+    output = output_of(process)
     assert process.returncode == 0, output
     assert re.search(rf"worker \d died, exit code -{int(number)}; going on with new workers", output)
     assert without_speed(rows(tmp_path / "runs" / "hurt")) == without_speed(rows(folder / "runs" / "whole"))
@@ -144,7 +146,7 @@ def test_a_goal_lowered_before_the_first_score_is_scored_too(tmp_path):
                     "ppo.total_frames=1000000", "evaluation.interval=1000000")
     wait_for_rows(process, here, 2)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=HANGS)
     run_here(tmp_path, "--resume", "latest", "ppo.total_frames=500")
     assert json.loads((here / "report.json").read_text())["episodes"] == 2
 
@@ -170,7 +172,7 @@ def test_continuous_engines_in_wind_stopped_and_resumed_equal_the_run_that_was_n
     wait_until_held(process, tmp_path, 3)
     process.terminate()
     go(tmp_path, 3)
-    output = process.communicate(timeout=60)[0]
+    output = output_of(process)
     assert process.returncode == 143, output
     run_here(tmp_path, "--resume", "runs/stopped")
     whole, stopped = (rows(tmp_path / "runs" / name) for name in ("whole", "stopped"))

@@ -23,6 +23,7 @@ from machinery.config import load_config
 from machinery.errors import UserError
 from machinery.panel import FRAME_TOP, MARGIN, Panel
 from machinery.watch import BAR, INK, PAPER, QUIT, Window, made_ahead, next_due
+from runs import HANGS
 
 WIDTH, HEIGHT = 1280, 1024  # pixels of the virtual screen
 KEYSYMS = {"space": 0x20, "period": 0x2E, "right": 0xFF53, "n": 0x6E, "q": 0x71}
@@ -152,7 +153,7 @@ def test_keys_in_a_real_window(screen, tmp_path):
         screen.press("n")
         until(lambda: (seen := shown()) and seen[0][0] == 1000002)
         screen.press("q")
-        out, err = watching.communicate(timeout=60)
+        out, err = watching.communicate(timeout=HANGS)
     finally:
         watching.kill()
     assert (watching.returncode, out, err) == (0, "", "")  # neither episode was seen to its end

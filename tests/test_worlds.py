@@ -20,7 +20,7 @@ from machinery.checkpoint import build_policy
 from machinery.config import ConfigError, load_config
 from machinery.panel import Panel
 from plot import draw_run
-from runs import ROOT, TINY, go, rows, run_here, start, without_speed
+from runs import HANGS, ROOT, TINY, go, output_of, rows, run_here, start, without_speed
 
 PAGE = (ROOT / "docs" / "worlds.md").read_text()
 CARTPOLE = ["env.id=CartPole-v1", "env.shrink_factor=8", "model.mirror=false", "model.eye=none"]
@@ -203,7 +203,7 @@ def test_stopped_and_resumed_equals_the_run_that_was_never_stopped(env_id, tmp_p
         process.stdout.readline()
         process.send_signal(15)
         go(tmp_path, 2)
-        output = process.communicate(timeout=120)[0]
+        output = output_of(process)
     finally:
         process.kill()
     assert process.returncode == 143, output
@@ -228,7 +228,7 @@ def test_the_recipe_of_the_page_trains_and_is_scored(tmp_path):
     for line in (f"{training} {shlex.join(TINY)} tracking.mlflow=false", f"{scoring} --episodes 5 --videos 1"):
         script, *words = shlex.split(line)
         done = subprocess.run([sys.executable, ROOT / script, *words], cwd=tmp_path, env=environment, text=True,
-                              capture_output=True, timeout=300, check=False)
+                              capture_output=True, timeout=HANGS, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "runs" / "catch" / "evaluation" / "report.json").read_text())
     assert set(report["returns"]) <= {-1.0, 1.0}
