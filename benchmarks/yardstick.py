@@ -6,7 +6,7 @@
 A measure to hold results against, never a way to train one: the state vector is what the policies here must do without.
 train.py's own collect, compute_advantages, update and schedule run on an environment's own observations in place of
 frames, with two small networks in place of a policy, in the weather or the environment that the config says. Writes
-runs/yardstick-sSEED/metrics.csv and report.json, which plot.py draws like others.
+runs/yardstick-sSEED/metrics.csv and report.json, of evaluation.episodes greedy ones; plot.py draws them like others.
 """
 
 import argparse
@@ -149,7 +149,7 @@ def train(config, states, folder):
 
 
 @torch.no_grad()
-def score(policy, env, episodes=100):
+def score(policy, env, episodes):
     """The part of a report that greedy play of the evaluation's seeds determines, in `env` of make_state_env."""
     results = []
     for seed in range(EVALUATION_SEED, EVALUATION_SEED + episodes):
@@ -182,8 +182,11 @@ def main():
     start = time.perf_counter()
     policy = train(config, args.states, folder)
     seen = "state vector" if args.states == 1 else f"{args.states} state vectors"
-    report = {"checkpoint": "none", "policy": seen, "mode": "greedy", "episodes": 100, "seed": EVALUATION_SEED}
-    report |= score(policy, make_state_env(states=args.states, **config.env.settings()))
+    episodes = config.evaluation.episodes
+    if not episodes:
+        return
+    report = {"checkpoint": "none", "policy": seen, "mode": "greedy", "episodes": episodes, "seed": EVALUATION_SEED}
+    report |= score(policy, make_state_env(states=args.states, **config.env.settings()), episodes)
     report |= {"seconds": time.perf_counter() - start, "env": config.env.described()}
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print_report(report)
