@@ -89,6 +89,8 @@ def plan(source, name, seeds, overrides):
     """The jobs of a sweep, all checked. overrides: `section.key=value` or `section.key=value,value,...`."""
     keys, choices = [override.partition("=")[0].strip() for override in overrides], []
     for key, override in zip(keys, overrides, strict=True):
+        if "=" not in override:
+            raise ConfigError(f"{override}: an override is written section.key=value")
         if key in ("run.seed", "run.name"):
             raise ConfigError(f"{override}: a sweep gives each run its seed and name; use --seeds and --name")
         choices.append([f"{key}={value}" for value in split_choices(override.partition("=")[2])])
@@ -124,16 +126,21 @@ def plan_search(args, name, seeds, overrides):
     firsts = list(filter(None, map(first_of, overrides)))
     fixed, ranges = [override for override in overrides if not first_of(override)], {}
     try:
-        config = load_config(args.config, [*unscored, *fixed, *firsts])
+        usual = load_config(args.config, [*unscored, *fixed, *firsts])
     except ConfigError:  # they do not go together, or one is a path with .. in it
-        config = load_config(args.config, [*unscored, *fixed])
+        usual = load_config(args.config, [*unscored, *fixed])
     for key, override in zip(keys, overrides, strict=True):
         if override in fixed:
             continue
-        if found := distribution(override, config.flat().get(key)):
+        if found := distribution(override, usual.flat().get(key)):
             ranges[key] = found
         else:
             fixed.append(override)
+    try:
+        config = load_config(args.config, [*unscored, *fixed, *(
+            first for first in firsts if first.partition("=")[0].strip() in ranges)])
+    except ConfigError:  # as above, or the first end of a range is none of the allowed values
+        config = load_config(args.config, [*unscored, *fixed])
     if not ranges:
         raise ConfigError("--trials: nothing to choose from; ranges are written ppo.learning_rate=log:3e-4..3e-3, "
                           "ppo.gamma=0.98..0.999 and ppo.num_steps=32,64")

@@ -35,6 +35,7 @@ LANDED = OUTCOMES.index("rest")
 
 # LunarLander-v3's options, with gymnasium's names and defaults. A policy is told none of them.
 CALM = {"gravity": -10.0, "enable_wind": False, "wind_power": 15.0, "turbulence_power": 1.5}
+WIND_OPTIONS = ("wind_power", "turbulence_power")  # those without effect unless enable_wind
 
 TRAINING_SEEDS = 900_000  # training draws the seeds of its episodes below this
 SELECTION_SEED = 900_000  # from here: episodes that choose the best checkpoint

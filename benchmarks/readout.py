@@ -29,7 +29,7 @@ from machinery.errors import UserError, one_line
 from plot import save_figure
 from task import ENV_ID
 
-FITTED, MEASURED, FIRST_SEED = 40, 20, 3_000_000  # episodes, and a seed that nobody else uses
+FITTED, MEASURED, FIRST_SEED = 40, 20, 3_000_000  # episodes, and a seed that no training uses
 RANDOM_SHARE, LONGEST = 0.3, 100  # of actions; decisions of an episode, as one that hovers has little new to see
 PENALTIES = np.logspace(-4, 2, 13)  # relative to the features' mean variance times the number of decisions
 LANDER = {"x": 0, "y": 1, "speed x": 2, "speed y": 3, "angle": 4, "spin": 5}  # places in LunarLander-v3's vector

@@ -25,9 +25,9 @@ from task import SOLVED
 STUDY = Path(__file__).parent.parent / "results" / "study"
 PAGE = f"""# Seeds and pieces
 
-This page compares trainings of the CNN: with several seeds, and with pieces left out. All but one were left out of
-`cnn_no_tilt`, whose eye does not measure how the lander lies; [eyes.md](../../docs/eyes.md#how-it-lies) tells what that
-brings. The runs are in this folder, and the last table lists them all.
+This page compares trainings of the CNN: with several seeds, with pieces left out of `cnn_no_tilt`, and variants of
+`cnn`, whose eye also measures how the lander lies ([eyes.md](../../docs/eyes.md#how-it-lies) tells what that brings).
+The runs of the first table are in this folder, and the last table lists them. Of the others, only scores are kept.
 
 ## The worth of each piece
 
@@ -75,12 +75,12 @@ steps" with `env.frame_skip=4 ppo.gamma=0.995 ppo.anneal=1 ppo.total_frames=1_20
 
 ## Inductive bias
 
-What a policy is not told it must discover. The [results table](../../README.md#results) and the
+A policy must discover all that it is not told. The [results table](../../README.md#results) and the
 [worth of each prior](../../docs/eyes.md#what-each-prior-is-worth) allow some conclusions, from two or three seeds a
 setting:
 
 - **Where to look** need not be told. An eye that learns it is worth as much as one that knows the colour, and attention
-  over whole frames needs but a quarter more of them. What an eye saves most is arithmetic.
+  over whole frames needs but a quarter more of them. An eye saves arithmetic above all.
 - **That left mirrors right** is worth a tenth to a quarter of the frames with an eye, and more than half of them
   without one.
 - **That it has a tilt**, which the eye of `cnn` measures, saves more than all of these:
@@ -95,10 +95,10 @@ setting:
 
 ## How often it decides
 
-`env.frame_skip` is the number of physics steps to a decision, `ppo.gamma` the discount per decision. Rows with a
-seed alone are "shorter" and "four steps", those of the other policies had 1.3 million frames. All are scored on
-seeds that chose nothing, from 3,000,000 and from 8,000,000 (`python benchmarks/points.py results/cnn --episodes 1000
---seed 3000000`):
+`env.frame_skip` is the number of physics steps to a decision, `ppo.gamma` the discount per decision. Rows that name
+only steps are "shorter" (3) and "four steps" (4). The other policies had a million frames with four. All are scored on
+seeds that chose no checkpoint, from 3,000,000 and from 8,000,000 (`python benchmarks/points.py results/cnn --episodes
+1000 --seed 3000000`):
 
 | steps | gamma | training seed | 1,000 episodes | landed | 400 others | legs | fuel | distance |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -129,7 +129,7 @@ in 97%.
 
 One crash in a hundred flights costs two to three points. A longer training alone does not end them: of the seeds above,
 the two of 2.4 million frames crash most, though one of them wastes the least fuel. (That one was cut off shortly before
-its end.) What helps is a longer training that ends in many small steps. With `ppo.anneal=2` the learning rate falls as
+its end.) A longer training that ends in many small steps does. With `ppo.anneal=2` the learning rate falls as
 the square of the share of frames that remain. In 2.0 million frames that brings nothing. In 3.0 million, 29 to 42
 minutes on one core, it gives `cnn`, the first five rows here. All five have more points than the best of "shorter", and
 crash as seldom. The shipped one is the median, seed 1.
@@ -152,14 +152,15 @@ crash as seldom. The shipped one is the median, seed 1.
 | `transformer` | 2 | 2.4 M | 282.8 | 99.7% | -24.9 |
 | `transformer` | 3 | 2.4 M | 281.3 | 99.9% | -28.0 |
 
-Each lander had its last 16 failed starts to choose from, the simplest form of prioritised level replay
+In the rows with failed starts, each lander chose from its last 16, the simplest form of prioritised level replay
 ([Jiang et al. 2021](https://arxiv.org/abs/2010.03934)). It makes flights cautious, and brings nothing in all.
 A longer training with `ppo.anneal=2` helps the Transformer, too, in the last rows: 61 to 64 minutes on one core, beside
 another training. Shipped is the median, seed 1. With 1.3 million frames and a rate that falls linearly
 (`ppo.total_frames=1_300_000 ppo.anneal=1 evaluation.interval=250_000 evaluation.selection_episodes=40`) it has 279.9.
 
-LunarLander pays what brings a lander nearer to rest on the pad, so the points of a flight can be taken apart. These are
-those 1,000 of the shipped `cnn` (`python benchmarks/points.py results/cnn --episodes 1000 --seed 3000000`):
+LunarLander pays what brings a lander nearer to rest on the pad, so the points of a flight can be taken apart. The table
+does so for the 1,000 episodes of the shipped `cnn` (`python benchmarks/points.py results/cnn --episodes 1000 --seed
+3000000`):
 
 | ended | episodes | return | start | bonus | legs | fuel | distance | speed | tilt | costs the mean |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -169,8 +170,8 @@ those 1,000 of the shipped `cnn` (`python benchmarks/points.py results/cnn --epi
 | all | 100.0% | 286 | 193.8 | 99.4 | 19.5 | -23.5 | -2.9 | -0.1 | -0.3 | 2.1 |
 
 *Start* is what a flight from there to rest on the pad is worth. The landings below 250 are hardly worse than others:
-they began with less speed, so there was less to gain. None hung in the air until its time was over. What a better pilot
-could still save is fuel, and three points by touching down nearer to the middle of the pad.
+they began with less speed, so there was less to gain. None hung in the air until its time was over. A better pilot
+could still save fuel, and gain three points by touching down nearer to the middle of the pad.
 
 ## Clip fraction with and without the late stage
 
@@ -197,8 +198,10 @@ The table, this page and the picture are written by `python benchmarks/study.py`
 
 def keep(label, runs):
     """Copy what `runs` measured to a folder per label and seed."""
-    for run in map(Path, runs):
-        seed = load_config(run / "config.yaml").run.seed
+    seeds = {Path(run): load_config(Path(run) / "config.yaml").run.seed for run in runs}
+    if len(set(seeds.values())) < len(seeds):
+        raise PlotError(f"{label}: two of its runs have the same seed")
+    for run, seed in seeds.items():
         folder = STUDY / label.replace(" ", "-") / f"seed-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:

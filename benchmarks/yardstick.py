@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from envs import EnvGroup
-from evaluate import print_report, summarize
+from evaluate import print_report, summarize, whole
 from frames import FrameStack, RenderedEnv
 from lander import RenderedLander
 from layers import orthogonal
@@ -165,7 +165,7 @@ def score(policy, env, episodes):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=Path(__file__).parent.parent / "configs" / "cnn.yaml")
-    parser.add_argument("--states", type=int, default=1, help="how many of the newest states a decision sees")
+    parser.add_argument("--states", type=whole(1, 64), default=1, help="how many of the newest states a decision sees")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
     try:

@@ -22,7 +22,7 @@ from pydantic_core import PydanticCustomError
 from machinery.errors import UserError
 from models import POLICIES
 from settings import WORDS, Strict
-from task import CALM, ENV_ID, TaskError, find_task
+from task import CALM, ENV_ID, WIND_OPTIONS, TaskError, find_task
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -140,8 +140,11 @@ class Env(Strict):
         return seen | self.model_dump(include=own)
 
     def described(self):
-        """What a report says of the environment: its id, and the options that are not its defaults."""
-        return {"id": self.id} | self.unusual() | self.options
+        """What a report says of the environment: its id, and the options in force that are not its defaults."""
+        in_force = self.unusual()
+        if not self.enable_wind:
+            in_force = {key: value for key, value in in_force.items() if key not in WIND_OPTIONS}
+        return {"id": self.id} | in_force | self.options
 
     def unusual(self):
         """The options of LunarLander-v3 that are not gymnasium's defaults."""

@@ -23,7 +23,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from evaluate import play
-from machinery.checkpoint import POLICY_FILE, load_checkpoint, load_policy, save_config
+from machinery.checkpoint import POLICY_FILE, load_checkpoint, load_policy, save_config, trained_frames
 from machinery.config import load_config
 from machinery.errors import UserError, one_line
 from machinery.run_folder import is_finished
@@ -46,6 +46,7 @@ CARD = """# {name}: a mean return of {greedy}
 | training seed | {seed} |
 | priors | {priors} |
 | environment frames | {frames:,} steps of {env}, seen as rendered frames only |
+| best policy | that after {trained:,} of them |
 | wall-clock | {minutes:.0f} minutes on {machine} |
 | mean training return of 100 episodes over {solved:g} | {hit} |
 | greedy, 100 unseen seeds | {greedy}, {landed}{solved_rate:.0%} with {solved:g} or more |
@@ -138,7 +139,7 @@ def priors(config):
 def facts(folder, name=None):
     """What a table row and a card say of results/NAME, or of a run that shall become it, all read from its files."""
     name = name or folder.name
-    policy, config, _ = load_policy(folder)
+    policy, config, file = load_policy(folder)
     if config.env.task.solved is None:
         raise PublishError(f"{folder}: nobody has said when {config.env.id} is solved")
     metrics = read_metrics(folder)
@@ -156,7 +157,7 @@ def facts(folder, name=None):
         "priors": priors(config), "id": config.env.id, "solved": config.env.task.solved,
         "env": config.env.id + (f" with {options}" if options else ""),
         "hit": f"{solved[0] / 1e6:.2f} M frames, {solved[1] / 60:.0f} min" if solved else "not reached",
-        "command": command(config, name),
+        "command": command(load_config(folder / "config.yaml"), name), "trained": trained_frames(file),
         "frames": int(metrics["frames"][-1]), "minutes": metrics["speed/total_seconds"][-1] / 60,
         "machine": then(each["machine"] for each in where), "commit": then(each["git_commit"] for each in where),
         "greedy": score(report), "sampled": score(sampled),
@@ -186,6 +187,8 @@ def publish(run, name, yardstick=None):
     """Copy a finished run to results/NAME; yardstick: a folder with the report of benchmarks/yardstick.py, or None."""
     run, folder = Path(run), HERE / "results" / name
     facts(run, name)  # what is missing or damaged is found out before anything is replaced
+    if yardstick:
+        _check_yardstick(yardstick / "report.json", load_config(run / "config.yaml"))
     if not is_finished(load_config(run / "config.yaml"), load_checkpoint(run)):
         raise PublishError(f"{run}: not trained and scored to its end; the reports may be those of an earlier policy")
     folder.mkdir(parents=True, exist_ok=True)
@@ -198,6 +201,15 @@ def publish(run, name, yardstick=None):
         (folder / YARDSTICK).unlink(missing_ok=True)
     save_config(load_config(run / "config.yaml"), folder / "config.yaml")  # an old one may hold a password
     return folder
+
+
+def _check_yardstick(file, config):
+    """PublishError unless its report is of the same episodes as a result's."""
+    measured = read_json(file, "episodes", "seed", "env", "policy", "return_mean", "return_ci95")
+    if (measured["episodes"], measured["seed"]) != (100, EVALUATION_SEED):
+        raise PublishError(f"{file}: a result is scored over 100 episodes from seed {EVALUATION_SEED} on")
+    if measured["env"] != config.env.described():
+        raise PublishError(f"{file}: was measured in another environment, {measured['env']}")
 
 
 def draw(folder):

@@ -34,7 +34,7 @@ from machinery.errors import UserError
 from machinery.files import is_newer, write_atomically
 from machinery.flight import FlightRecorder
 from machinery.processes import launcher
-from machinery.run_folder import is_finished, start_run
+from machinery.run_folder import is_over, start_run
 from machinery.signals import Interrupted, SignalWatch
 from machinery.terminal import Progress
 from machinery.tracking import Tracker
@@ -130,7 +130,7 @@ class Run:
 
     def finished(self):
         """Whether nothing is left to do, which is said then."""
-        if not (self.state and is_finished(self.config, self.state)):
+        if not (self.state and is_over(self.config, self.state)):
             return False
         if self.processes.rank == 0:
             frames = self.state["counters"]["env_frames"]
@@ -153,7 +153,8 @@ class Run:
         self.watch.deferred = True  # a run that MLflow has begun is to be ended there
         first = self.processes.rank == 0
         gpu = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else ""
-        tracker = Tracker(self.config, self.folder, threads, self.run_id, gpu) if first else nullcontext()
+        before = None if many or not self.state else self.state.get("num_threads")
+        tracker = Tracker(self.config, self.folder, threads, self.run_id, gpu, before) if first else nullcontext()
         with tracker as self.tracker:
             self.watch.check_all()
             if self.tracker:
@@ -163,8 +164,8 @@ class Run:
                 print(f"{self.folder}: {self.config.model.name}, {trainer.device.type}, {', '.join(words)}", flush=True)
             yield
             self.watch.deferred = True
-        if first and self.tracker.complete:  # else a resumed run scores again, and sends what MLflow lacks
-            self._mark_scored()
+        if first:
+            self._mark_scored(self.tracker.complete)
 
     @contextmanager
     def saving_on_exit(self):
@@ -185,6 +186,9 @@ class Run:
             yield
         finally:
             self.progress.close()
+            if self.processes.size == 1 and (
+                    self.trainer.counters["updates"] > self.last_snapshot["counters"]["updates"]):
+                self._take_snapshot()  # the iteration was done; its score or its record failed
             # Collecting changes no weights: if the iteration was cut off there, they still match the last snapshot.
             whole = self.trainer.weights_match_snapshot or "policy" in self.last_snapshot
             if whole and self.last_snapshot["counters"]["env_frames"] != self.saved_frames:
@@ -233,11 +237,11 @@ class Run:
             return  # and wait for the first process at the next exchange
         if frames < min(counters["next_evaluation"], self.config.ppo.total_frames):
             return
-        if frames >= counters["next_evaluation"]:  # at the end it may not be
-            counters["next_evaluation"] = (frames // settings.interval + 1) * settings.interval
         seeds = range(SELECTION_SEED, SELECTION_SEED + settings.selection_episodes)
         self.flight = FlightRecorder()
         returns, _, outcomes = self.play(policy, self.config.env, seeds, recorder=self.flight)
+        if frames >= counters["next_evaluation"]:  # at the end it may not be
+            counters["next_evaluation"] = (frames // settings.interval + 1) * settings.interval
         metrics["eval/return_mean"] = float(returns.mean())
         metrics |= {} if task.landed is None else {"eval/landed_rate": float((outcomes == task.landed).mean())}
         if is_as_good(returns, counters["best"]):
@@ -267,7 +271,7 @@ class Run:
             if self.trainer.gauge.num_threads < self.num_threads:
                 self.num_threads = self.trainer.gauge.num_threads
                 say("other work has the cores, and several threads lose their time waiting for each other: updates "
-                    "go on with 1 thread; a resumed run has as many as run.num_threads says")
+                    "go on with 1 thread, in a resumed run, too, unless run.num_threads says more")
         self.progress.show(frames, metrics, self.counters["seconds"])
 
     def film_milestones(self, metrics):
@@ -374,9 +378,9 @@ class Run:
         self.tracker.best(best, reports)
         print(f"  written  {folder}/report.json, report_sampled.json, curves.png and videos/")
 
-    def _mark_scored(self):
-        """Note in the last checkpoint that this run has nothing left to do."""
-        counters = self.trainer.counters | self.counters | {"scored": self.config.evaluation.episodes}
+    def _mark_scored(self, sent):
+        """Note in the last checkpoint that nothing is left to train or score; unless `sent`, a resumed run sends it."""
+        counters = self.trainer.counters | self.counters | {"scored": self.config.evaluation.episodes, "sent": sent}
         file = self.folder / "checkpoints" / f"{counters['env_frames']:012d}.ckpt"
         with suppress(OSError, CheckpointError):  # then a resumed run only scores again
             save_checkpoint(file, read_checkpoint(file) | {"counters": counters})

@@ -38,10 +38,21 @@ def resume_config(saved, overrides):
 
 
 def is_finished(config, state):
-    """Whether a checkpoint's run has nothing left to do, neither to train nor to score."""
+    """Whether a checkpoint's run has nothing left to train or to score."""
     counters = state["counters"]
     return (counters["env_frames"] >= config.ppo.total_frames
             and counters.get("scored") == config.evaluation.episodes)
+
+
+def is_over(config, state):
+    """Whether it is finished, and MLflow has all of it."""
+    return is_finished(config, state) and state["counters"].get("sent", True)
+
+
+def _aside(file):
+    """A name for what a run leaves behind, that nothing has yet."""
+    names = itertools.chain(["aside"], (f"aside-{number}" for number in itertools.count(2)))
+    return next(free for name in names if not (free := file.with_name(f"{file.name}.{name}")).exists())
 
 
 def new_folder(config, config_file):
@@ -103,22 +114,24 @@ def resume_run(path, overrides, lock, processes=1):
     state["source"] = str(path)  # to name it if its weights do not fit
     counters = state["counters"]
     remove_unfinished(folder)
-    if is_finished(config, state):
+    if is_over(config, state):
         return config, folder, state
     config = config.model_copy(update={"tracking": with_store(config.tracking)})
     # Left in their place, newer ones, damaged or not, would be taken for newer than those that are about to be saved.
-    newer = [file for file in folder.glob("checkpoints/*.ckpt") if file.name > f"{counters['env_frames']:012d}.ckpt"]
+    newest = f"{counters['env_frames']:012d}.ckpt"
+    newer = [file for file in folder.glob("checkpoints/*.ckpt") if file.name > newest]
     policy, metrics = folder / "checkpoints" / POLICY_FILE, folder / "metrics.csv"
     another = config.ppo.total_frames != check_config(state["config"]).ppo.total_frames  # its schedules are others
+    left = [file for file in folder.glob("checkpoints/*.ckpt.aside*") if file.name.partition(".aside")[0] > newest]
     if newer and metrics.exists():
-        shutil.copyfile(metrics, metrics.with_suffix(".csv.aside"))
-    if newer and another:  # what MLflow has of the branch that is left stays a run of its own
+        shutil.copyfile(metrics, _aside(metrics))
+    if another and (newer or left):  # what MLflow has of the branch that is left stays a run of its own
         state["run_id"] = None
     if (newer or another) and trained_frames(policy) > counters["env_frames"]:  # nor will it come again
         newer.append(policy)
     for file in newer:
-        file.rename(f"{file}.aside")
-        print(f"{file} is newer than what this run goes on from; it is put aside as {file.name}.aside")
+        aside = file.rename(_aside(file))
+        print(f"{file} is newer than what this run goes on from; it is put aside as {aside.name}")
     if not trained_frames(policy):  # put aside, lost or damaged
         counters["best"] = None  # the best of what comes is chosen anew
     there = Metrics(folder / "metrics.csv").drop_after(counters["env_frames"])

@@ -141,8 +141,8 @@ class Search:
 
     def __init__(self, url, name, goal, ranges, config, count):
         self.goal, self.ranges, self.count, self.failures = goal, ranges, count, 0
-        free = ("run.", "tracking.", "evaluation.", *ranges)  # may differ between machines, or between trials
-        ours = {key: value for key, value in config.flat().items() if not key.startswith(free)}
+        free = ("run.", "tracking.", "evaluation.")  # may differ between machines, as ranges do between trials
+        ours = {key: value for key, value in config.flat().items() if not key.startswith(free) and key not in ranges}
         ours |= {"goal": goal} | {key: str(choice) for key, choice in ranges.items()}
         try:
             Path("runs").mkdir(exist_ok=True)
@@ -177,7 +177,14 @@ class Search:
                 if not active:
                     break
                 for attempt in list(active):
-                    if said := attempt.advance(parent.id):
+                    try:
+                        said = attempt.advance(parent.id)
+                    except (optuna.exceptions.OptunaError, ValueError):  # the latter of a trial that has failed
+                        if not self._is_over(attempt.trial):
+                            raise
+                        attempt.end()
+                        said = "another machine took it over"
+                    if said:
                         active.remove(attempt)
                         self._record(attempt, said, parent)
                 time.sleep(0.5)
@@ -237,8 +244,13 @@ class Search:
                         left.wait()
                     self.put_back(trial)
 
+    def _is_over(self, trial):
+        return self.study.get_trials(deepcopy=False)[trial.number].state.is_finished()
+
     def put_back(self, trial):
-        """Another trial will have its settings, and go on with its runs."""
+        """Another trial will have its settings, and go on with its runs; unless another machine has seen to it."""
+        if self._is_over(trial):
+            return
         names = {"name": trial.user_attrs["name"]} if "name" in trial.user_attrs else {}
         self.study.tell(trial.number, state=TrialState.FAIL)
         self.study.enqueue_trial(trial.params, user_attrs=names)
@@ -275,14 +287,14 @@ class Attempt:
         value = None if metrics is None else self._value(job, metrics, ended)
         if value is not None:
             self._report(job, metrics, STEPS)
-            self._end()
+            self.end()
             self.values.append(value)
         elif ended:
             search.study.tell(self.trial, state=TrialState.FAIL)
             search.failures += 1
             return f"{job.folder} ended with {self.process.returncode}; see its train.log"
         elif metrics is not None and self._hopeless(job, metrics):
-            self._end()
+            self.end()
             search.study.tell(self.trial, state=TrialState.PRUNED)
             search.failures = 0
             return f"stopped early in {job.folder}, after {metrics['frames'][-1] / 1e6:.2f} M frames"
@@ -311,7 +323,8 @@ class Attempt:
         except (*DATABASE_ERRORS, ValueError) as error:  # the next search sees that nobody is at this trial
             print(f"trial {self.trial.number}: {first_line(error.__cause__ or error)}", file=sys.stderr)
 
-    def _end(self):
+    def end(self):
+        """Its run ends, saved."""
         self.signal(signal.SIGTERM)
         if self.process is not None:
             self.process.wait()

@@ -289,18 +289,19 @@ def _scores(metrics):
 class Tracker:
     """Use as a context: leaving it ends the MLflow run as FINISHED, KILLED (interrupted) or FAILED (any error)."""
 
-    def __init__(self, config, run_folder, threads, run_id=None, gpu=""):
+    def __init__(self, config, run_folder, threads, run_id=None, gpu="", threads_before=None):
+        """threads_before: how many a resumed run had last; None: as many as it began with."""
         self.folder, self.settings, self.config = Path(run_folder), with_store(config.tracking), config
         self.tags = machine_tags(threads, gpu)
         self.queue = Queue("disk", "MLflow") if self.settings.mlflow else Queue("disk")
         self.metrics = Metrics(self.folder / "metrics.csv", self.queue)
-        self._tell_differences()
+        self._tell_differences(threads_before)
         self.client, self.run_id, self.sender, self.told = None, run_id, None, set()
         self.keeps_files = False  # whether MLflow gets the run's files
         if self.settings.mlflow:
             self._start_mlflow()
 
-    def _tell_differences(self):
+    def _tell_differences(self, threads_before):
         """A run is repeated bit for bit only by the same code, packages, machine and number of threads.
 
         machine.json says with which it began, and under `resumed` with which it went on, where they differ.
@@ -309,7 +310,9 @@ class Tracker:
         try:
             started = dict(json.loads(file.read_text()))
             resumed = list(started.pop("resumed", []))
-            before = dict(resumed[-1]) if resumed else started
+            before = dict(resumed[-1]) if resumed else dict(started)
+            if threads_before is not None:
+                before["threads"] = str(threads_before)
         except (OSError, ValueError, TypeError):  # a new run, or a damaged file
             started, resumed, before = self.tags, [], self.tags
         changed = {key: now for key, now in self.tags.items() if before.get(key) != now}

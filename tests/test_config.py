@@ -276,6 +276,13 @@ def test_weather_may_be_a_range_and_reads_back(tmp_path):
     assert load_config(None).env.unusual() == {}
 
 
+def test_a_report_names_the_options_that_were_in_force():
+    windy = ["env.gravity=-8", "env.enable_wind=true", "env.wind_power=[0,20]"]
+    assert load_config(None, windy).env.described() == {
+        "id": ENV_ID, "gravity": -8, "enable_wind": True, "wind_power": [0, 20]}
+    assert load_config(None, [*windy, "env.enable_wind=false"]).env.described() == {"id": ENV_ID, "gravity": -8}
+
+
 def test_settings():
     assert Env(frame_skip=2, color=False, num_envs=64, wind_power=3).settings() == CALM | {
         "env_id": ENV_ID, "frame_skip": 2, "frame_stack": 4, "shrink_factor": 4, "color": False, "continuous": False,

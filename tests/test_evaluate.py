@@ -166,6 +166,7 @@ def test_the_grid_is_what_single_weathers_give(policy_file, tmp_path, monkeypatc
 @pytest.mark.parametrize(("override", "told"), [
     ("env.frame_stack=3", "env.frame_stack: a policy is scored as it was trained; only env.gravity, env.enable_wind"),
     ("ppo.gamma=0.5", "ppo.gamma: a policy is scored as it was trained"), ("env.wind_power=50", "between 0 and 20"),
+    ("env.wind_power=20", "env.wind_power: there is no wind without env.enable_wind=true"),
     ("env.gravty=-8", "did you mean env.gravity")])
 def test_only_the_weather_may_differ_from_training(override, told, policy_file):
     with pytest.raises(SystemExit, match=f"^evaluate.py: .*{told}") as error:

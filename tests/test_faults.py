@@ -201,6 +201,20 @@ def test_best_policy_that_a_full_disk_refused_is_saved_later(a_run, capsys):
     assert all(torch.equal(weights[key], tensor) for key, tensor in a_run.trainer.policy.state_dict().items())
 
 
+def test_an_iteration_that_was_done_is_saved_though_its_score_failed(tmp_path, monkeypatch):
+    with begun(tmp_path, [*TINY, *BARE, "evaluation.interval=1"]) as run:
+        def fail(*_, **__):
+            raise ValueError("a bug of this environment")
+
+        monkeypatch.setattr(run, "play", fail)
+        with pytest.raises(ValueError, match="a bug of this environment"):
+            train.train(run.trainer, run)
+        (*_, last) = sorted((run.folder / "checkpoints").glob("*.ckpt"))
+        counters = load_checkpoint(last)["counters"]
+        assert counters["env_frames"] == run.trainer.counters["env_frames"] > 0
+        assert counters["next_evaluation"] == 1  # it is still due
+
+
 def test_weights_that_are_not_finite_are_named(a_run):
     trainer = a_run.trainer
     trainer.policy.register_buffer("stray", torch.tensor(float("inf")))

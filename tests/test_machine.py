@@ -361,7 +361,9 @@ def test_beside_other_work_an_update_goes_on_with_one_thread_and_keeps_to_it(tmp
     assert done.stdout.count("updates go on with 1 thread") == 1
     for choice, told in ([], "1 thread"), (["run.num_threads=2"], "2 threads"):
         run_here(tmp_path, "--resume", "runs/x", *choice, f"ppo.total_frames={2200 + 500 * len(choice)}")
-        assert f" {told}\n" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert f" {told}\n" in said
+        assert ("was elsewhere before" in said) == bool(choice)  # it keeps to one thread, as it would have done
 
 
 MAC = """

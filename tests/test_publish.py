@@ -122,6 +122,20 @@ def test_run_that_cannot_be_published_is_one_line_and_replaces_nothing(damage, m
     assert list((here / "results").iterdir()) == []
 
 
+@pytest.mark.parametrize(("change", "message"), [
+    ({"episodes": 10}, "scored over 100 episodes from seed 1000000 on"),
+    ({"env": {"id": "CartPole-v1"}}, "was measured in another environment"), (None, "No such file")])
+def test_a_yardstick_of_something_else_is_refused_before_anything_is_replaced(change, message, run, here):
+    stick = run.parent / "stick"
+    stick.mkdir()
+    if change:
+        report = json.loads((run / "report.json").read_text()) | {"policy": "state vector"} | change
+        (stick / "report.json").write_text(json.dumps(report))
+    with pytest.raises(SystemExit, match=rf"publish\.py: .*{message}"):
+        publish.main([str(run), "cnn", "--yardstick", str(stick)])
+    assert list((here / "results").iterdir()) == []
+
+
 def test_the_command_on_a_page_trains_the_same_again():
     overrides = ["ppo.late_return=null", "model.mirror=false", "run.device=cuda:0", "run.seed=7"]
     words = shlex.split(publish.command(load_config(ROOT / "configs" / "cnn.yaml", overrides), "cnn"))

@@ -12,7 +12,7 @@ from machinery.checkpoint import CheckpointError, build_policy, load_checkpoint,
 from machinery.config import Config, ConfigError, load_config
 from machinery.errors import UserError
 from machinery.files import locked
-from machinery.run_folder import is_finished, new_folder, start_run
+from machinery.run_folder import is_finished, is_over, new_folder, start_run
 from machinery.signals import WARNINGS, WISHES, Interrupted, SignalWatch
 from runs import ROOT, no_room
 from train import main
@@ -143,6 +143,23 @@ def test_metrics_of_an_abandoned_branch_are_kept(run):
     assert (run / "metrics.csv.aside").read_text() == before
 
 
+def test_who_goes_back_twice_keeps_both_branches(run):
+    first, second = (run / "checkpoints" / f"000000000300.ckpt.aside{number}" for number in ("", "-2"))
+    resume("runs/x/checkpoints/000000000200.ckpt")
+    before = first.read_bytes()
+    (run / "checkpoints" / "000000000300.ckpt").write_bytes(b"of another branch")
+    resume("runs/x/checkpoints/000000000200.ckpt")
+    assert (first.read_bytes(), second.read_bytes()) == (before, b"of another branch")
+    assert (run / "metrics.csv.aside-2").exists()
+
+
+def test_a_branch_that_could_not_begin_is_another_run_in_mlflow_at_the_second_try_too(run):
+    file = run / "checkpoints" / "000000000200.ckpt"
+    save_checkpoint(file, load_checkpoint(file) | {"run_id": "its own"})
+    for _ in range(2):
+        assert resume(file, "ppo.total_frames=900")[2]["run_id"] is None
+
+
 def test_damaged_newest_is_put_aside_too(run, capsys):
     (run / "checkpoints" / "000000000300.ckpt").write_bytes(b"")
     assert resume("latest")[2]["counters"]["env_frames"] == 200
@@ -180,6 +197,10 @@ def test_run_that_was_not_scored_is_not_finished(run):
     assert is_finished(config, state)
     for change in ({"scored": None}, {"scored": 50}, {"env_frames": 299}):
         assert not is_finished(config, state | {"counters": state["counters"] | change})
+    unsent = state | {"counters": state["counters"] | {"sent": False}}
+    assert is_finished(config, unsent)
+    assert is_over(config, state)
+    assert not is_over(config, unsent)
     del state["counters"]["scored"]
     assert not is_finished(config, state)
 

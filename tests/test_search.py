@@ -135,7 +135,7 @@ def test_a_run_is_stopped_at_its_goal_and_the_hopeless_is_stopped_early(search, 
         one = attempt(found, job)
         said = one.advance(None)
         assert (said is None) if told is None else told in said, said
-        one._end()
+        one.end()
     assert len(found.trials(TrialState.PRUNED)) == 1
     draw_search(found, {"ppo.gamma": 1.0}, tmp_path / "search.png")
     assert imread(tmp_path / "search.png").shape[0] == 320
@@ -264,6 +264,40 @@ def test_another_search_does_not_go_on_with_this_one(search):
         search("score")
     with pytest.raises(ConfigError, match=r"ppo\.clip_coef was 0\.2, asked for 0\.1; choose another --name"):
         search(overrides=["ppo.clip_coef=0.1"])
+
+
+def test_a_key_that_only_begins_like_a_range_is_fixed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    learned = "model.eye=learned"
+    words = "sqlite:///runs/s.db", "s", "frames", {"model.glimpse": CategoricalDistribution(["24", "32"])}
+    Search(*words, load_config(None, [learned, "model.glimpse=24"]), 100)
+    Search(*words, load_config(None, [learned, "model.glimpse=32"]), 100)
+    with pytest.raises(ConfigError, match=r"model\.glimpses was 1, asked for 2"):
+        Search(*words, load_config(None, [learned, "model.glimpses=2"]), 100)
+
+
+def test_a_trial_that_another_machine_took_over_ends_here_alone(search, tmp_path, capsys):
+    """What one that was asleep for long finds when it wakes."""
+    found, jobs, watch = search(count=2), [], SimpleNamespace(received=None)
+
+    def jobs_of(name, _):
+        jobs.append(Job(tmp_path / name, LEARNS if jobs else [], done=bool(jobs)))
+        if len(jobs) == 2:
+            found.put_back(found.trials()[0])
+        return jobs[-1:]
+
+    found.run(jobs_of, 2, NO_PARENT, watch)
+    assert jobs[0].started[0].returncode == -signal.SIGTERM
+    assert "trial 0: another machine took it over" in capsys.readouterr().out
+    assert len(found.trials(TrialState.COMPLETE)) == 2
+
+
+def test_a_fixed_path_with_dots_is_whole_for_the_parent_and_the_study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = argparse.Namespace(config=CONFIG, goal="frames", study=None, trials=1)
+    uri = "sqlite:///../mlflow.db"
+    _, _, fixed, config = sweep.plan_search(args, "s", ["1"], ["ppo.gamma=0.98..0.99", f"tracking.uri={uri}"])
+    assert (config.tracking.uri, config.ppo.gamma, fixed) == (uri, 0.98, [f"tracking.uri={uri}"])
 
 
 def test_the_kind_of_a_range_and_what_goes_together_depend_on_the_other_settings(tmp_path, monkeypatch):
