@@ -227,12 +227,12 @@ def test_a_stopped_or_killed_search_goes_on_with_its_trials(search, tmp_path):
     again = attempt(found, Job(tmp_path / "a", LEARNS))
     assert again.trial.params == one.trial.params
     assert again.trial.user_attrs["name"] == one.trial.user_attrs["name"] == "trial-000"
-    orphan = subprocess.Popen(["sleep", "60"])
+    orphan = subprocess.Popen(["sleep", "3600"])
     again.trial.set_user_attr("trainer", [orphan.pid, psutil.Process(orphan.pid).create_time()])
     again.trial.set_user_attr("process", [orphan.pid, 0.0])  # a process of another time
     found = search()  # another process, later
     killed = attempt(found, Job(tmp_path / "a", LEARNS))
-    assert orphan.wait(timeout=HANGS) < 0  # killed, it had not slept its minute
+    orphan.wait(timeout=HANGS)  # it would sleep for an hour
     assert killed.trial.params == one.trial.params
     assert killed.trial.user_attrs["name"] == "trial-000"
     running = attempt(found, Job(tmp_path / "b", []))  # somebody is at the other one
