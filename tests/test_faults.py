@@ -290,7 +290,8 @@ def test_lost_server_costs_no_training_and_the_gap_is_told(tmp_path):
     assert re.search(r"MLflow lacks the last \d+ updates; runs/x/metrics\.csv has them", output)
     assert "Traceback" not in output
     (*_, last) = sorted((tmp_path / "runs" / "x" / "checkpoints").glob("*.ckpt"))
-    assert load_checkpoint(last)["counters"]["scored"] is None  # so --resume does not call it finished, and sends them
+    counters = load_checkpoint(last)["counters"]
+    assert (counters["scored"], counters["sent"]) == (2, False)  # the score counts, and --resume sends what is missing
     assert int(rows(tmp_path / "runs" / "x")[-1]["frames"]) >= 3000
 
 
