@@ -172,8 +172,8 @@ long tail: the best policy of seed 1 is that after 0.72 million frames, those of
 The same settings were too cautious for the TemporalResNet: at 1.4 million frames its KL was 0.0002. It needs larger
 steps late, not smaller ones: half of the first learning rate in the late stage instead of a quarter, and a rate that
 falls linearly. With 2.1 million frames it is as good as `cnn`. Shipped is the median, seed 2. These took 75 to 93
-minutes on one core of a busy machine, where the row of 1.8 million took 46 at a quieter time. With both cores to itself,
-a training that was stopped after its first 0.12 million frames made 850 a second. With 1.3 million frames
+minutes on one core of a busy machine, where the row of 1.8 million took 46 at a quieter time. With both cores to
+itself, a training that was stopped after its first 0.12 million frames made 850 a second. With 1.3 million frames
 (`ppo.total_frames=1_300_000 ppo.late_learning_rate=0.25 evaluation.interval=250_000 evaluation.selection_episodes=40`)
 it has 277.8.
 
