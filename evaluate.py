@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from envs import make_env
 from machinery.checkpoint import load_policy
-from machinery.config import ConfigError, apply_overrides
+from machinery.config import ConfigError, apply_overrides, key_of
 from machinery.device import cores_for
 from machinery.errors import one_line
 from machinery.files import newest_run, write_atomically
@@ -219,7 +219,7 @@ def print_report(report):
 def in_weather(config, overrides):
     """`config` in another weather, `env.key=value`, or with other env.options; all else belongs to the policy."""
     changed = apply_overrides(config.model_dump(mode="json"), overrides)
-    keys = [override.partition("=")[0].strip() for override in overrides]
+    keys = list(map(key_of, overrides))
     allowed = tuple(f"env.{key}" for key in (CALM if config.env.id == ENV_ID else ["options"]))
     if refused := [key for key in keys if key not in allowed]:
         raise ConfigError(f"{refused[0]}: a policy is scored as it was trained; only {', '.join(allowed)} may differ")

@@ -30,7 +30,16 @@ from pathlib import Path
 import numpy as np
 
 from machinery.checkpoint import CheckpointError, load_checkpoint
-from machinery.config import Config, ConfigError, ConflictError, changed_keys, load_config, masked, split_choices
+from machinery.config import (
+    Config,
+    ConfigError,
+    ConflictError,
+    changed_keys,
+    key_of,
+    load_config,
+    masked,
+    split_choices,
+)
 from machinery.errors import first_line, one_line
 from machinery.parent_run import ParentRun
 from machinery.run_folder import RESUMABLE, is_finished
@@ -87,7 +96,7 @@ class Job:
 
 def plan(source, name, seeds, overrides):
     """The jobs of a sweep, all checked. overrides: `section.key=value` or `section.key=value,value,...`."""
-    keys, choices = [override.partition("=")[0].strip() for override in overrides], []
+    keys, choices = list(map(key_of, overrides)), []
     for key, override in zip(keys, overrides, strict=True):
         if "=" not in override:
             raise ConfigError(f"{override}: an override is written section.key=value")
@@ -119,16 +128,20 @@ def plan_search(args, name, seeds, overrides):
     """(Search, what gives the jobs of a trial, what all have in common, a Config) of a command line with --trials."""
     from machinery.search import Search, distribution, ends, first_of  # it loads Optuna, which other sweeps do not need
 
-    keys = [override.partition("=")[0].strip() for override in overrides]
+    keys = list(map(key_of, overrides))
     if twice := [key for key in keys if keys.count(key) > 1]:
         raise ConfigError(f"{twice[0]}: is given twice")
     unscored = ["evaluation.episodes=0"] if args.goal != "score" else []  # scores take longer than many a way
     firsts = list(filter(None, map(first_of, overrides)))
     fixed, ranges = [override for override in overrides if not first_of(override)], {}
-    try:
-        usual = load_config(args.config, [*unscored, *fixed, *firsts])
-    except ConfigError:  # they do not go together, or one is a path with .. in it
-        usual = load_config(args.config, [*unscored, *fixed])
+
+    def with_firsts():
+        try:
+            return load_config(args.config, [*unscored, *fixed, *firsts])
+        except ConfigError:  # they do not go together, are not allowed, or one is a path with .. in it
+            return load_config(args.config, [*unscored, *fixed])
+
+    usual = with_firsts()
     for key, override in zip(keys, overrides, strict=True):
         if override in fixed:
             continue
@@ -136,11 +149,8 @@ def plan_search(args, name, seeds, overrides):
             ranges[key] = found
         else:
             fixed.append(override)
-    try:
-        config = load_config(args.config, [*unscored, *fixed, *(
-            first for first in firsts if first.partition("=")[0].strip() in ranges)])
-    except ConfigError:  # as above, or the first end of a range is none of the allowed values
-        config = load_config(args.config, [*unscored, *fixed])
+    firsts = [first for first in firsts if key_of(first) in ranges]
+    config = with_firsts()
     if not ranges:
         raise ConfigError("--trials: nothing to choose from; ranges are written ppo.learning_rate=log:3e-4..3e-3, "
                           "ppo.gamma=0.98..0.999 and ppo.num_steps=32,64")

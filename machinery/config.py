@@ -361,6 +361,11 @@ def load_config(path=None, overrides=()):
     return apply_overrides(tree, overrides, str(path) if path else "config")
 
 
+def key_of(override):
+    """The section.key of `section.key=value`."""
+    return override.partition("=")[0].strip()
+
+
 def apply_overrides(tree, overrides, source="config"):
     """The checked config of nested dicts and `section.key=value` strings."""
     merged = dict(tree)

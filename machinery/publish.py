@@ -146,8 +146,7 @@ def facts(folder, name=None):
     report, sampled = (
         read_json(folder / name, "episodes", "seed", "return_mean", "return_ci95", "solved_rate")
         for name in ("report.json", "report_sampled.json"))
-    if any((each["episodes"], each["seed"]) != (100, EVALUATION_SEED) for each in (report, sampled)):
-        raise PublishError(f"{folder}: a result is scored over 100 episodes from seed {EVALUATION_SEED} on")
+    _check_episodes(folder, report, sampled)
     machine = read_json(folder / "machine.json", "machine", "git_commit")
     where = [machine, *machine.get("resumed", [])]
     solved = reached(metrics, config.env.task.solved)
@@ -187,9 +186,10 @@ def publish(run, name, yardstick=None):
     """Copy a finished run to results/NAME; yardstick: a folder with the report of benchmarks/yardstick.py, or None."""
     run, folder = Path(run), HERE / "results" / name
     facts(run, name)  # what is missing or damaged is found out before anything is replaced
+    config = load_config(run / "config.yaml")
     if yardstick:
-        _check_yardstick(yardstick / "report.json", load_config(run / "config.yaml"))
-    if not is_finished(load_config(run / "config.yaml"), load_checkpoint(run)):
+        _check_yardstick(yardstick / "report.json", config)
+    if not is_finished(config, load_checkpoint(run)):
         raise PublishError(f"{run}: not trained and scored to its end; the reports may be those of an earlier policy")
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(run / "checkpoints" / POLICY_FILE, folder)
@@ -199,15 +199,20 @@ def publish(run, name, yardstick=None):
         shutil.copy(yardstick / "report.json", folder / YARDSTICK)
     else:  # of the run that was here before
         (folder / YARDSTICK).unlink(missing_ok=True)
-    save_config(load_config(run / "config.yaml"), folder / "config.yaml")  # an old one may hold a password
+    save_config(config, folder / "config.yaml")  # an old one may hold a password
     return folder
+
+
+def _check_episodes(where, *reports):
+    """PublishError unless the reports are of the episodes of a result."""
+    if any((each["episodes"], each["seed"]) != (100, EVALUATION_SEED) for each in reports):
+        raise PublishError(f"{where}: a result is scored over 100 episodes from seed {EVALUATION_SEED} on")
 
 
 def _check_yardstick(file, config):
     """PublishError unless its report is of the same episodes as a result's."""
     measured = read_json(file, "episodes", "seed", "env", "policy", "return_mean", "return_ci95")
-    if (measured["episodes"], measured["seed"]) != (100, EVALUATION_SEED):
-        raise PublishError(f"{file}: a result is scored over 100 episodes from seed {EVALUATION_SEED} on")
+    _check_episodes(file, measured)
     if measured["env"] != config.env.described():
         raise PublishError(f"{file}: was measured in another environment, {measured['env']}")
 
