@@ -37,7 +37,7 @@ from machinery.files import newest_run, write_atomically
 from machinery.processes import SINGLE_PROCESS
 from machinery.terminal import Outlet
 from machinery.video import VideoRecorder, write_webp
-from task import CALM, ENV_ID, EVALUATION_SEED, WIND_OPTIONS, solved_mark
+from task import CALM, ENV_ID, EVALUATION_SEED, solved_mark
 
 MAX_EPISODES = 50  # episodes played side by side; bounds memory
 GRAVITIES, WINDS = [-4.0, -6.0, -8.0, -10.0, -11.9], [0.0, 5.0, 10.0, 15.0, 20.0]  # of evaluate_grid
@@ -223,9 +223,6 @@ def in_weather(config, overrides):
     allowed = tuple(f"env.{key}" for key in (CALM if config.env.id == ENV_ID else ["options"]))
     if refused := [key for key in keys if key not in allowed]:
         raise ConfigError(f"{refused[0]}: a policy is scored as it was trained; only {', '.join(allowed)} may differ")
-    idle = [key for key in keys if key.removeprefix("env.") in WIND_OPTIONS]
-    if idle and not changed.env.enable_wind and "env.enable_wind" not in keys:
-        raise ConfigError(f"{idle[0]}: there is no wind without env.enable_wind=true")
     tasks = config.env.task, changed.env.task
     before, after = ((task.viewport, task.continuous, task.actions) for task in tasks)
     if after != before:

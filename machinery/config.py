@@ -379,10 +379,15 @@ def apply_overrides(tree, overrides, source="config"):
             raise ConfigError(f"{section}: must be a section of keys, not {branch!r}")
         merged[section] = {**branch, name: parse_yaml(value, override)}
     try:
-        return check_config(merged, "command line" if overrides else source)
+        config = check_config(merged, "command line" if overrides else source)
     except ConfigError:
         check_config(tree, source)  # a file that is wrong by itself is to blame
         raise
+    keys = list(map(key_of, overrides))
+    idle = [key for key in keys if key.removeprefix("env.") in WIND_OPTIONS]
+    if idle and not config.env.enable_wind and "env.enable_wind" not in keys:
+        raise ConfigError(f"{idle[0]}: there is no wind without env.enable_wind=true")
+    return config
 
 
 def check_config(tree, source="config"):

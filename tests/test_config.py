@@ -268,6 +268,13 @@ def test_weather_that_cannot_be(override, expected, tmp_path):
         assert part in message
 
 
+def test_no_wind_is_told_of_unless_it_blows():
+    with pytest.raises(ConfigError, match=r"^env\.wind_power: there is no wind without env\.enable_wind=true$"):
+        load_config("configs/cnn.yaml", ["env.wind_power=20"])
+    assert load_config("configs/cnn_wind.yaml", ["env.wind_power=20"]).env.wind_power == 20
+    assert not load_config("configs/cnn_wind.yaml", ["env.wind_power=20", "env.enable_wind=false"]).env.enable_wind
+
+
 def test_weather_may_be_a_range_and_reads_back(tmp_path):
     config = load_config(None, ["env.gravity=[-12, -8]", "env.enable_wind=true", "env.wind_power=[0,20.0]"])
     assert config.env.unusual() == {"gravity": [-12, -8], "enable_wind": True, "wind_power": [0, 20]}
