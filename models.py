@@ -323,8 +323,8 @@ class Policy(nn.Module):
     def newest_places(self, frame_store, frame_ids, mirrored):
         """As `attended`, in the picture that `features` sees: (B, 2 * PLACES); None of a policy that never looks so."""
 
-    def places(self, frame_store, frame_ids, mirrored):
-        """(places, changes), both float32 (B, S, num_measures): what the eye says, and its change since the last frame.
+    def scaled_measures(self, frame_store, frame_ids, mirrored):
+        """(scaled, changes), both float32 (B, S, num_measures): what the eye says, and its change since the last frame.
 
         Scaled to about unit deviation: one decision moves the lander by a hundredth of the picture.
         """
@@ -333,14 +333,14 @@ class Policy(nn.Module):
         spots, tilts = swap_sides(spots, mirrored), torch.where(mirrored[:, None, None, None], -tilts, tilts)
         turns = (tilts.diff(dim=1) + math.pi / 2).remainder(math.pi) - math.pi / 2  # an axis has no front
         turns = turns.clamp(-0.2, 0.2)  # more is a mistake of the eye
-        places = torch.cat([3 * spots, 2 * tilts, seen], 3)
+        scaled = torch.cat([3 * spots, 2 * tilts, seen], 3)
         changes = F.pad(torch.cat([60 * spots.diff(dim=1), 10 * turns, seen.diff(dim=1)], 3), (0, 0, 0, 0, 1, 0))
-        return places.flatten(2), changes.flatten(2)
+        return scaled.flatten(2), changes.flatten(2)
 
     def told(self, frame_store, frame_ids, mirrored):
         """What the eye says of the newest frame, and all changes: float32 (B, S * num_measures)."""
-        places, changes = self.places(frame_store, frame_ids, mirrored)
-        return torch.cat([places[:, -1], changes[:, 1:].flatten(1)], 1)
+        scaled, changes = self.scaled_measures(frame_store, frame_ids, mirrored)
+        return torch.cat([scaled[:, -1], changes[:, 1:].flatten(1)], 1)
 
     def decide(self, inputs, mirrored):
         """inputs (B, I) -> PolicyOutput; in float32, since probabilities are exponentials.
@@ -471,11 +471,11 @@ class Temporal(Policy):
     def features(self, frame_store, frame_ids, mirrored):
         embeddings = self.embed(frame_store, view_ids(frame_ids, mirrored))
         steps, where = embeddings.split([self.options.width, 2 * self.num_places], dim=-1)
-        places = torch.cat(self.places(frame_store, frame_ids, mirrored), -1)
+        told = torch.cat(self.scaled_measures(frame_store, frame_ids, mirrored), -1)
         if self.attends:  # attention may jump from one thing to another
             changes = (30 * F.pad(where.diff(dim=1), (0, 0, 1, 0))).clamp(-2, 2)
-            places = torch.cat([places, 2 * where, changes], -1)
-        steps = steps + self.place(places) + self.time[-frame_ids.shape[1] :]  # (B, S, width)
+            told = torch.cat([told, 2 * where, changes], -1)
+        steps = steps + self.place(told) + self.time[-frame_ids.shape[1] :]  # (B, S, width)
         return self.over_time(steps)[:, -1]
 
     def newest_places(self, frame_store, frame_ids, mirrored):

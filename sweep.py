@@ -98,8 +98,6 @@ def plan(source, name, seeds, overrides):
     """The jobs of a sweep, all checked. overrides: `section.key=value` or `section.key=value,value,...`."""
     keys, choices = list(map(key_of, overrides)), []
     for key, override in zip(keys, overrides, strict=True):
-        if "=" not in override:
-            raise ConfigError(f"{override}: an override is written section.key=value")
         if key in ("run.seed", "run.name"):
             raise ConfigError(f"{override}: a sweep gives each run its seed and name; use --seeds and --name")
         choices.append([f"{key}={value}" for value in split_choices(override.partition("=")[2])])

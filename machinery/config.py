@@ -362,30 +362,30 @@ def load_config(path=None, overrides=()):
 
 
 def key_of(override):
-    """The section.key of `section.key=value`."""
-    return override.partition("=")[0].strip()
+    """The section.key of `section.key=value`; ConfigError if it is written otherwise."""
+    key, equals, _ = override.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not (equals and dot and section and name):
+        raise ConfigError(f"{override!r}: an override is written section.key=value")
+    return key.strip()
 
 
 def apply_overrides(tree, overrides, source="config"):
     """The checked config of nested dicts and `section.key=value` strings."""
-    merged = dict(tree)
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        section, dot, name = key.strip().partition(".")
-        if not (equals and dot and section and name):
-            raise ConfigError(f"{override!r}: an override is written section.key=value")
+    merged, keys = dict(tree), list(map(key_of, overrides))
+    for key, override in zip(keys, overrides, strict=True):
+        section, _, name = key.partition(".")
         branch = merged.get(section, {})
         if not isinstance(branch, dict):
             raise ConfigError(f"{section}: must be a section of keys, not {branch!r}")
-        merged[section] = {**branch, name: parse_yaml(value, override)}
+        merged[section] = {**branch, name: parse_yaml(override.partition("=")[2], override)}
     try:
         config = check_config(merged, "command line" if overrides else source)
     except ConfigError:
         check_config(tree, source)  # a file that is wrong by itself is to blame
         raise
-    keys = list(map(key_of, overrides))
     idle = [key for key in keys if key.removeprefix("env.") in WIND_OPTIONS]
-    if idle and not config.env.enable_wind and "env.enable_wind" not in keys:
+    if idle and config.env.id == ENV_ID and not config.env.enable_wind and "env.enable_wind" not in keys:
         raise ConfigError(f"{idle[0]}: there is no wind without env.enable_wind=true")
     return config
 

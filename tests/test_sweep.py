@@ -153,7 +153,7 @@ def test_output_that_nobody_takes_costs_nothing(tmp_path):
     (["--jobs", "0"], "must be 1 or more"), (["--seeds", "ppo.gamma=0.9"], "must name one or more"),
     (["ppo.gamma=0.9,0.9"], "two runs of this sweep would have this name"),
     (["ppo.gamma=0.9,0.90"], "gamma-0.90-seed-1: would be .*gamma-0.9-seed-1 once more"),
-    (["ppo.late_return"], "ppo.late_return: an override is written section.key=value"),
+    (["ppo.late_return"], "'ppo.late_return': an override is written section.key=value"),
     (["--seeds", "1", "01"], "seed-01: would be .*seed-1 once more"),
     (["ppo.gamma=0.9,0.95", "ppo.gamma=0.9"], "ppo.gamma: is given twice")])
 def test_mistakes_are_one_line_before_anything_starts(args, expected, tmp_path, monkeypatch):
