@@ -156,7 +156,7 @@ crash as seldom. The shipped one is the median, seed 1.
 | and 30% of the episodes begin from a start that failed | 5 | 2.3 + 0.4 M | 285.3 | 99.6% | -23.9 |
 | `transformer` | 1 | 1.8 M | 282.5 | 99.8% | -27.2 |
 | `transformer` | 2 | 1.8 M | 282.8 | 99.9% | -27.3 |
-| `transformer` | 3 | 1.8 M | 282.6 | 99.8% | -26.3 | |
+| `transformer` | 3 | 1.8 M | 282.6 | 99.8% | -26.3 |
 | its late rate a quarter of the first, and `ppo.anneal=2` | 1 | 2.4 M | 282.1 | 98.4% | -23.5 |
 | its late rate a quarter, and `ppo.anneal=2` | 1, both cores | 2.4 M | 280.3 | 98.2% | -24.0 |
 | its late rate a quarter, and `ppo.anneal=2` | 2 | 2.4 M | 282.8 | 99.7% | -24.9 |
