@@ -39,6 +39,7 @@ from machinery.config import (
     load_config,
     masked,
     split_choices,
+    split_override,
 )
 from machinery.errors import first_line, one_line
 from machinery.parent_run import ParentRun
@@ -100,7 +101,7 @@ def plan(source, name, seeds, overrides):
     for key, override in zip(keys, overrides, strict=True):
         if key in ("run.seed", "run.name"):
             raise ConfigError(f"{override}: a sweep gives each run its seed and name; use --seeds and --name")
-        choices.append([f"{key}={value}" for value in split_choices(override.partition("=")[2])])
+        choices.append([f"{key}={value}" for value in split_choices(split_override(override)[1])])
         if len(choices[-1]) > 1 and keys.count(key) > 1:  # the last would win, whatever the run is called
             raise ConfigError(f"{key}: is given twice")
     varied = [options for options in choices if len(options) > 1]

@@ -361,24 +361,31 @@ def load_config(path=None, overrides=()):
     return apply_overrides(tree, overrides, str(path) if path else "config")
 
 
-def key_of(override):
-    """The section.key of `section.key=value`; ConfigError if it is written otherwise."""
-    key, equals, _ = override.partition("=")
+def split_override(override):
+    """("section.key", "value") of `section.key=value`; ConfigError if it is written otherwise."""
+    key, equals, value = override.partition("=")
     section, dot, name = key.strip().partition(".")
     if not (equals and dot and section and name):
         raise ConfigError(f"{override!r}: an override is written section.key=value")
-    return key.strip()
+    return key.strip(), value
+
+
+def key_of(override):
+    """The section.key of `section.key=value`."""
+    return split_override(override)[0]
 
 
 def apply_overrides(tree, overrides, source="config"):
     """The checked config of nested dicts and `section.key=value` strings."""
-    merged, keys = dict(tree), list(map(key_of, overrides))
-    for key, override in zip(keys, overrides, strict=True):
+    merged, keys = dict(tree), []
+    for override in overrides:
+        key, value = split_override(override)
+        keys.append(key)
         section, _, name = key.partition(".")
         branch = merged.get(section, {})
         if not isinstance(branch, dict):
             raise ConfigError(f"{section}: must be a section of keys, not {branch!r}")
-        merged[section] = {**branch, name: parse_yaml(override.partition("=")[2], override)}
+        merged[section] = {**branch, name: parse_yaml(value, override)}
     try:
         config = check_config(merged, "command line" if overrides else source)
     except ConfigError:
